@@ -1,0 +1,287 @@
+"""The command line: a thin skin over run.py and the stage functions.
+
+Exit codes: 0 done, 2 a mistake the user can mend, 1 a defect, 130 interrupted (call it again to go on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from layerscalpel import __version__
+from layerscalpel.config import (
+    Config,
+    DataSettings,
+    ModelSettings,
+    SearchSettings,
+    TargetSettings,
+    build_config,
+    parse_assignment,
+    recipe,
+    sentences,
+)
+from layerscalpel.errors import UserError, suggest
+from layerscalpel.progress import say, set_quiet
+from layerscalpel.rundir import STAGES, finished_results
+from layerscalpel.summary import summary_rows
+
+FLAGS: dict[str, tuple[str, type]] = {
+    "--rate": ("target.rate", TargetSettings),
+    "--layers": ("target.layers", TargetSettings),
+    "--segment": ("target.segment", TargetSettings),
+    "--search": ("search.method", SearchSettings),
+    "--calibration": ("data.calibration", DataSettings),
+    "--healing": ("data.healing", DataSettings),
+    "--evaluation": ("data.evaluation", DataSettings),
+    "--device": ("model.device", ModelSettings),
+    "--dtype": ("model.dtype", ModelSettings),
+    "--seed": ("seed", Config),
+}
+"""Flags that are short for a setting; their help is the sentence under it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End as every other mistake of the user's does."""
+        raise UserError(f"{message} - see {self.prog} --help")
+
+
+def build_parser() -> Parser:
+    """Return the parser of all commands."""
+    parser = Parser(prog="scalpel", description="Remove the layers that matter least, heal the seam, prove the result.")
+    parser.add_argument("--version", action="version", version=f"layerscalpel {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    run = _command(commands, "run", "the whole path: search, cut, heal, measure, report", "MODEL")
+    run.add_argument("--until", metavar="STAGE", help=f"stop after this stage: {', '.join(STAGES)}")
+    run.add_argument("--redo", metavar="STAGE", help="do this stage and all after it again")
+    _no_verify(run)
+    for name, sentence in (
+        ("search", "find the segment and stop there"),
+        ("heal", "heal the seam of a run directory, or of a checkpoint that `scalpel cut` wrote"),
+        ("evaluate", "measure a run directory's models, or one model alone"),
+        ("benchmark", "time a run directory's models, or one model alone"),
+        ("report", "write report and model card of a run directory again"),
+    ):
+        _command(commands, name, sentence, "TARGET")
+    cut = _command(commands, "cut", "just the surgery, proven; --out is then a plain checkpoint", "MODEL")
+    _no_verify(cut)
+    compare = commands.add_parser("compare", help="one table over several run directories")
+    compare.add_argument("targets", nargs="+", metavar="DIR")
+    compare.add_argument("--json", action="store_true", help="print machine-readable output")
+    inspect = commands.add_parser("inspect", help="layers, sizes, and what can be cut, without loading weights")
+    inspect.add_argument("target", metavar="MODEL")
+    inspect.add_argument("--json", action="store_true", help="print machine-readable output")
+    inspect.add_argument("--trust-remote-code", action="store_true", help=sentences(ModelSettings)["trust_remote_code"])
+    commands.add_parser("methods", help="the tables of methods with their papers")
+    return parser
+
+
+def _command(commands: Any, name: str, sentence: str, target: str) -> Parser:
+    command = commands.add_parser(name, help=sentence, description=sentence)
+    command.add_argument("target", metavar=target, help="hub id, checkpoint folder, .gguf file, demo, or run directory")
+    for flag, (key, section) in FLAGS.items():
+        command.add_argument(flag, dest=key, metavar="X", help=sentences(section)[key.rpartition(".")[2]])
+    command.add_argument("--trust-remote-code", action="store_true", help=sentences(ModelSettings)["trust_remote_code"])
+    command.add_argument("--recipe", metavar="FILE", help="YAML file of settings")
+    command.add_argument(
+        "--set", dest="assignments", metavar="KEY=VALUE", action="append", default=[], help="any setting"
+    )
+    command.add_argument("--out", metavar="DIR", help="run directory (default runs/<name>)")
+    command.add_argument("--json", action="store_true", help="print machine-readable output")
+    command.add_argument("--quiet", action="store_true", help="print the result only")
+    return command
+
+
+def _no_verify(command: Parser) -> None:
+    command.add_argument(
+        "--no-verify", action="store_true", help="skip the proof of the cut checkpoint; the card says so"
+    )
+
+
+def settings_of(arguments: argparse.Namespace, base: Sequence[dict[str, Any]] = ()) -> Config:
+    """Return the settings of a command: a base, the recipe, --set, and the flags, later ones winning."""
+    layers = list(base)
+    if arguments.recipe:
+        layers.append(recipe(arguments.recipe))
+    layers.append(dict(parse_assignment(text) for text in arguments.assignments))
+    given = {key: getattr(arguments, key) for key, _ in FLAGS.values() if getattr(arguments, key) is not None}
+    texts = {"target.segment", "data.calibration", "data.healing", "data.evaluation"}
+    layers.append({k: v if k in texts else parse_assignment(f"{k}={v}")[1] for k, v in given.items()})
+    targets = [key for key in given if key.startswith("target.")]
+    if targets:  # a flag replaces whatever kind of target the recipe has
+        for layer in layers[:-1]:
+            for key in ("target.rate", "target.layers", "target.segment"):
+                layer.pop(key, None)
+    if arguments.trust_remote_code:
+        layers.append({"model.trust_remote_code": True})
+    return build_config(layers)
+
+
+def default_out(model: str) -> Path:
+    """Return runs/<last part of the model's name>."""
+    return Path("runs") / (Path(model).name.removesuffix(".gguf") or "run")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours are rich's
+    try:
+        arguments = build_parser().parse_args(argv)
+        set_quiet(getattr(arguments, "quiet", False) or (getattr(arguments, "json", False) and not sys.stderr.isatty()))
+        COMMANDS[arguments.command](arguments)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"scalpel: {line}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != 28:  # ENOSPC
+            raise
+        print("scalpel: no space left on the device - free some or choose another --out", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("scalpel: interrupted - the same command goes on from the last finished step", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    """`scalpel run`."""
+    for name in (arguments.until, arguments.redo):
+        if name is not None and name not in STAGES:
+            raise UserError(f"there is no stage '{name}'{suggest(name, STAGES)}")
+    config = settings_of(arguments, [{"model.name": arguments.target}])
+    _go(config, arguments, until=arguments.until, redo=arguments.redo, verify=not arguments.no_verify)
+
+
+def _go(config: Config, arguments: argparse.Namespace, *, until: str | None, redo: str | None, verify: bool) -> None:
+    out = Path(arguments.out) if arguments.out else default_out(config.model.name)
+    results = finished_results(out, config, until, redo)
+    if results is None:
+        from layerscalpel.run import run  # torch and transformers take seconds to import
+
+        results = run(config, out, until=until or "report", redo=redo, verify=verify)
+    else:
+        say(f"{out} is finished; nothing to do")
+    show(results, out, arguments.json)
+
+
+def show(results: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Print the results: JSON, or the table and samples for a person."""
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    from rich.console import Console
+
+    from layerscalpel.tables import print_results
+
+    print_results(results, out, Console())
+
+
+def stage_command(arguments: argparse.Namespace) -> None:
+    """`scalpel search|heal|evaluate|benchmark|report`: one stage on a run directory or a model."""
+    stage, target = arguments.command, Path(arguments.target)
+    if (target / "config.yaml").is_file():
+        arguments.out = arguments.out or str(target)
+        config = settings_of(arguments, [recipe(target / "config.yaml")])
+        _go(config, arguments, until=stage, redo=stage if Path(arguments.out) == target else None, verify=True)
+    elif stage == "search":
+        _go(settings_of(arguments, [{"model.name": arguments.target}]), arguments, until=stage, redo=None, verify=True)
+    elif stage in ("evaluate", "benchmark"):
+        from layerscalpel.alone import measure_alone
+
+        config = settings_of(arguments, [{"model.name": arguments.target}])
+        out = Path(arguments.out) if arguments.out else default_out(config.model.name)
+        show(measure_alone(stage, config, out), out, arguments.json)
+    elif stage == "heal" and (target / "layerscalpel.json").is_file():
+        history = json.loads((target / "layerscalpel.json").read_text(encoding="utf-8"))
+        segment = ":".join(map(str, history["segment"]))
+        config = settings_of(arguments, [{"model.name": history["parent"], "target.segment": segment}])
+        arguments.out = arguments.out or str(default_out(target.name))
+        _go(config, arguments, until=stage, redo=None, verify=True)
+    else:
+        raise UserError(f"{target} is no run directory - make one with: scalpel run MODEL --out DIR")
+
+
+def cut_command(arguments: argparse.Namespace) -> None:
+    """`scalpel cut`: just the surgery."""
+    config = settings_of(arguments, [{"model.name": arguments.target}])
+    if not config.target.segment or not arguments.out:
+        raise UserError("scalpel cut needs --segment START:STOP and --out DIR, as --segment 13:19 --out cut")
+    out = Path(arguments.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} already holds files - choose another --out or remove it")
+    from layerscalpel.alone import cut_alone
+
+    found = cut_alone(config, out, verify=not arguments.no_verify)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        proof = found["proof"]
+        proven = f"proven in a {proof['kind']}" if proof else "not proven (--no-verify)"
+        print(f"{found['removed']} removed, {found['parameters']:,} parameters left, {proven}: {out}")
+
+
+def compare_command(arguments: argparse.Namespace) -> None:
+    """`scalpel compare`: the final rows of several runs side by side."""
+    from layerscalpel.rundir import read_json
+
+    runs = {name: read_json(Path(name) / "results.json") for name in arguments.targets}
+    if arguments.json:
+        print(json.dumps({name: summary_rows(results) for name, results in runs.items()}, indent=2))
+        return
+    from rich.console import Console
+
+    from layerscalpel.tables import comparison_table
+
+    Console().print(comparison_table(runs))
+
+
+def inspect_command(arguments: argparse.Namespace) -> None:
+    """`scalpel inspect`: what is known without weights."""
+    from layerscalpel.alone import describe
+
+    found = describe(arguments.target, trust_remote_code=arguments.trust_remote_code)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    width = max(map(len, found))
+    for key, value in found.items():
+        print(f"{key.replace('_', ' '):<{width}}  {value}")
+
+
+def methods_command(_arguments: argparse.Namespace) -> None:
+    """`scalpel methods`: every table of methods."""
+    from layerscalpel.data import SOURCES
+    from layerscalpel.heal import HEALERS
+    from layerscalpel.search import SEARCHES
+
+    tables: dict[str, list[tuple[str, str, str]]] = {
+        "search (--search)": [(name, row.sentence, row.paper) for name, row in SEARCHES.items()],
+        "heal (heal.method)": [(name, row.sentence, row.paper) for name, row in HEALERS.items()],
+        "text sources (--calibration, --healing, --evaluation)": [(n, row.sentence, "") for n, row in SOURCES.items()],
+    }
+    for title, rows in tables.items():
+        print(title)
+        for name, sentence, paper in rows:
+            print(f"  {name:<11}{sentence}{f' [{paper}]' if paper else ''}")
+
+
+COMMANDS = {
+    "run": run_command,
+    "search": stage_command,
+    "heal": stage_command,
+    "evaluate": stage_command,
+    "benchmark": stage_command,
+    "report": stage_command,
+    "cut": cut_command,
+    "compare": compare_command,
+    "inspect": inspect_command,
+    "methods": methods_command,
+}

@@ -1,0 +1,339 @@
+"""Every setting of a run, with its default, its range and one sentence that says what it does.
+
+A run is described by one frozen `Config` of frozen sections. `build_config` merges recipes (YAML) and
+`section.key=value` pairs onto the defaults and reports all findings at once. The sentence under a field is also its
+help text on the command line: nothing is described twice.
+
+    config = build_config([recipe("recipes/demo.yaml"), {"search.method": "exact"}])
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from layerscalpel.errors import UserError, suggest
+
+SearchName = Literal["clp", "gate", "exact", "angular", "influence", "last", "random"]
+StitchName = Literal["none", "linear"]
+HealName = Literal["endpoint", "none"]
+Objective = Literal["ce", "kl", "both"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML 1.2 numbers: `13:19` stays text (YAML 1.1 reads 799) and `5e-4` is a number."""
+
+
+YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+YamlLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$"),
+    list("-+.0123456789"),
+)
+
+
+def bounded(default: Any, low: float | None = None, high: float | None = None) -> Any:
+    """A field whose value lies in low..high, both included (None leaves that side open)."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model and how it computes."""
+
+    name: str = ""
+    """Hub id, checkpoint folder, .gguf file, or `demo`."""
+    device: Device = "auto"
+    """Where to compute; auto takes cuda, then mps, then cpu."""
+    dtype: Dtype = "auto"
+    """Number format while computing; auto is float32 on cpu and mps, the checkpoint's own on cuda."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint; without it such a model is refused."""
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """How much to remove; give one of the three."""
+
+    rate: float | None = None
+    """Share of the layers to remove, 0..1; 0.2 when neither layers nor segment is given."""
+    layers: int | None = bounded(None, 1)
+    """Number of layers to remove."""
+    segment: str | None = None
+    """The layers to remove as START:STOP, 0-based, STOP excluded; nothing is searched then."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Text, and the sizes of its disjoint parts."""
+
+    calibration: str = "c4"
+    """Text that the search reads: a named source or a .jsonl[.gz] or .txt file."""
+    healing: str = "alpaca"
+    """Text or instructions that heal the seam: a named source or a file."""
+    evaluation: str = "c4"
+    """Held-out text that measures the result: a named source or a file."""
+    block_tokens: int = bounded(256, 8)
+    """Length of a calibration or evaluation block."""
+    healing_block_tokens: int = bounded(512, 8)
+    """Length of a healing block."""
+    evaluation_blocks: int = bounded(64, 2)
+    """Held-out blocks that measure the result."""
+    healing_blocks: int | None = bounded(None, 2)
+    """At most so many healing blocks; None takes all the source has."""
+    validation_fraction: float = bounded(0.05, 0.001, 0.5)
+    """Share of the healing blocks kept aside to choose the best checkpoint."""
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How the segment is found."""
+
+    method: SearchName = "clp"
+    """How the segment is found; `scalpel methods` lists them with their papers."""
+    num_blocks: int = bounded(32, 2)
+    """Calibration blocks that score the windows."""
+    batch_size: int = bounded(4, 1)
+    """Blocks per parent forward."""
+    gate_blocks: int = bounded(128, 1)
+    """Calibration blocks the gate learns from, one pass, one step per block."""
+    num_starts: int = bounded(5, 1)
+    """Evenly spaced start indices learned at once; 1 is the paper's single start."""
+    initial_start: float | None = bounded(None, 0)
+    """Where a single start begins; None is the middle of the possible starts."""
+    steepness: float = bounded(5.0, 0.1)
+    """Final steepness k of the gate (the paper's value is 5)."""
+    initial_steepness: float = bounded(1.0, 0.1)
+    """Steepness at the first step, annealed geometrically to the final one; equal values switch annealing off."""
+    gate_lr: float = bounded(0.2, 1e-6)
+    """Adam's learning rate for the start index, in layers (the paper does not state its own)."""
+
+
+@dataclass(frozen=True)
+class StitchSettings:
+    """Repair without training."""
+
+    method: StitchName = "none"
+    """Training-free repair folded into the seam, kept only if it lowers the held-out KL."""
+    ridge: float = bounded(1e-2, 0.0)
+    """Ridge of the linear stitch, as a share of the mean diagonal of its Gram matrix."""
+
+
+@dataclass(frozen=True)
+class HealSettings:
+    """Training of the seam."""
+
+    method: HealName = "endpoint"
+    """What is trained; endpoint trains only the layers at the seam."""
+    objective: Objective = "ce"
+    """Loss on the labelled tokens: cross-entropy, KL to the parent, or their sum."""
+    width: int = bounded(1, 1)
+    """Layers trained on each side of the seam."""
+    lr: float = bounded(5e-4, 1e-8)
+    """Peak learning rate of AdamW (the paper does not state its own)."""
+    epochs: int = bounded(2, 1)
+    """Passes over the healing blocks."""
+    batch_size: int = bounded(16, 1)
+    """Blocks per optimiser step."""
+    micro_batch_size: int = bounded(4, 1)
+    """Blocks per forward and backward; gradients accumulate up to batch_size."""
+    warmup_fraction: float = bounded(0.05, 0.0, 1.0)
+    """Share of the steps in which the learning rate rises linearly."""
+    weight_decay: float = bounded(0.0, 0.0)
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = bounded(1.0, 1e-6)
+    """Gradients are scaled down to this norm."""
+    validations: int = bounded(10, 1)
+    """How often the held-out loss is measured; the best of these states is kept."""
+    cache_gib: float = bounded(16.0, 0.0)
+    """Disk for the cached output of the frozen prefix; blocks past it are recomputed."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Figures on held-out text."""
+
+    batch_size: int = bounded(4, 1)
+    """Blocks per forward."""
+    sample_tokens: int = bounded(64, 0)
+    """New tokens of each generated sample; 0 switches samples off."""
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """Timing of parent and result."""
+
+    enabled: bool = True
+    """Measure latency and speed of parent and result."""
+    prompt_tokens: int = bounded(128, 1)
+    """Length of the prompt that prefill is timed on."""
+    new_tokens: int = bounded(32, 2)
+    """Tokens that decoding is timed on."""
+    batch_size: int = bounded(1, 1)
+    """Sequences at once."""
+    repeats: int = bounded(5, 2)
+    """Timed rounds per model, interleaved, after one warm-up round."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; the sections are those of a recipe file."""
+
+    model: ModelSettings = ModelSettings()
+    target: TargetSettings = TargetSettings()
+    data: DataSettings = DataSettings()
+    search: SearchSettings = SearchSettings()
+    stitch: StitchSettings = StitchSettings()
+    heal: HealSettings = HealSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    benchmark: BenchmarkSettings = BenchmarkSettings()
+    seed: int = bounded(0, 0)
+    """Seed of shuffling, random token ids and initialisation."""
+
+
+def sentences(section: type) -> dict[str, str]:
+    """Return {field: the sentence under it} of a settings class."""
+    found, name = {}, ""
+    for node in ast.walk(ast.parse(inspect.getsource(section))):
+        if isinstance(node, ast.ClassDef):
+            for statement in node.body:
+                if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                    name = statement.target.id
+                elif name and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                    found[name] = str(statement.value.value)
+    return found
+
+
+def setting_keys() -> dict[str, tuple[type, str]]:
+    """Return {dotted key: (section class, field name)} of every setting, top-level ones without a dot."""
+    keys: dict[str, tuple[type, str]] = {}
+    for section in fields(Config):
+        kind = type(getattr(Config(), section.name))
+        if kind.__module__ != __name__:
+            keys[section.name] = (Config, section.name)
+            continue
+        keys.update({f"{section.name}.{item.name}": (kind, item.name) for item in fields(kind)})
+    return keys
+
+
+def recipe(path: str | Path) -> dict[str, Any]:
+    """Read a YAML recipe and return its settings as {dotted key: value}."""
+    try:
+        document = yaml.load(Path(path).read_text(encoding="utf-8"), YamlLoader)
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror} - give a YAML file with --recipe") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"recipe {path} is no valid YAML: {reason} - see recipes/demo.yaml for the form") from error
+    if not isinstance(document, Mapping):
+        raise UserError(f"recipe {path} holds no sections - write 'search:' and its keys below, as recipes/demo.yaml")
+    return dict(_flatten(document))
+
+
+def _flatten(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in document.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", item) for key, item in value.items())
+        else:
+            yield str(name), value
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Split `section.key=value` and read the value as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text} has no '=' - write --set section.key=value, as --set heal.epochs=1")
+    try:
+        return key.strip(), yaml.load(value, YamlLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: the value is no valid YAML - quote it") from error
+
+
+def build_config(layers: Sequence[Mapping[str, Any]]) -> Config:
+    """Merge settings (later ones win) onto the defaults.
+
+    Raises:
+        UserError: unknown keys, wrong types, values out of range or contradictory targets, all of them at once.
+    """
+    merged: dict[str, Any] = {key: value for layer in layers for key, value in layer.items()}
+    keys, findings, config = setting_keys(), [], Config()
+    for key, value in merged.items():
+        if key not in keys:
+            findings.append(f"unknown setting '{key}'{suggest(key, keys)}")
+            continue
+        try:
+            config = _replaced(config, key, _checked(key, value, *keys[key]))
+        except UserError as error:
+            findings.append(str(error))
+    findings += _target_findings(config.target)
+    if findings:
+        raise UserError("\n".join(findings))
+    return config
+
+
+def _replaced(config: Config, key: str, value: Any) -> Config:
+    section, _, name = key.rpartition(".")
+    if not section:
+        return replace(config, **{name: value})
+    return replace(config, **{section: replace(getattr(config, section), **{name: value})})
+
+
+def _checked(key: str, value: Any, section: type, name: str) -> Any:
+    hint = get_type_hints(section)[name]
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UserError(f"{key}={value} is unknown{suggest(str(value), get_args(kind))}")
+        return value
+    number = _converted(key, value, kind)
+    limits = next(item for item in fields(section) if item.name == name).metadata
+    low, high = limits.get("low"), limits.get("high")
+    if (low is not None and number < low) or (high is not None and number > high) or number != number:
+        allowed = f"{low} or more" if high is None else f"{low}..{high}"
+        raise UserError(f"{key}={value} is out of range - allowed: {allowed}")
+    return number
+
+
+def _converted(key: str, value: Any, kind: type) -> Any:
+    if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool):
+        return str(value)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    wanted = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}[kind]
+    raise UserError(f"{key}={value!r} is not {wanted} - mend the recipe or the flag")
+
+
+def _target_findings(target: TargetSettings) -> list[str]:
+    findings = []
+    given = [name for name in ("rate", "layers", "segment") if getattr(target, name) is not None]
+    if len(given) > 1:
+        findings.append(f"target has {' and '.join(given)} at once - give one of --rate, --layers, --segment")
+    if target.rate is not None and not 0 < target.rate < 1:
+        findings.append(f"rate {target.rate} is not between 0 and 1 - 0.2 removes one layer in five")
+    return findings
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the settings as nested plain values, in the order of a recipe."""
+    return asdict(config)

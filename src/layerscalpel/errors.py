@@ -1,0 +1,17 @@
+"""The two ways a command ends early that are not defects."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend: what is wrong - what is allowed - the next step. Ends with exit code 2."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return `` - did you mean 'x'?`` when a known word is close, else the list of what is allowed."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" - did you mean '{close[0]}'?" if close else f" - allowed: {', '.join(known)}"

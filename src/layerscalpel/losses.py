@@ -1,0 +1,72 @@
+"""Small pure functions between logits and numbers, all in nats, computed in float32.
+
+Dimensions: B blocks, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812, the name everybody knows it by
+from torch import Tensor
+
+LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30, "mps": 256 << 20}
+"""Float32 logits held at once: what a CPU's cache holds, or what fills a GPU."""
+
+
+def log_probabilities(logits_BTV: Tensor) -> Tensor:
+    """Return log softmax [B, T, V] in float32."""
+    return F.log_softmax(logits_BTV.float(), dim=-1)
+
+
+def kl_to_parent(parent_log_probs_BTV: Tensor, log_probs_BTV: Tensor, parent_probs_BTV: Tensor | None = None) -> Tensor:
+    """Return KL(parent || model) [B, T] in nats from the log probabilities of both; exactly 0 where they are equal.
+
+    `parent_probs_BTV` saves the exponential where one parent is compared with many models.
+    """
+    probs_BTV = parent_log_probs_BTV.exp() if parent_probs_BTV is None else parent_probs_BTV
+    return torch.linalg.vecdot(probs_BTV, parent_log_probs_BTV - log_probs_BTV)
+
+
+def token_nll(log_probs_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Return the negative log likelihood [B, T] of the target ids in nats."""
+    return -log_probs_BTV.gather(-1, targets_BT.unsqueeze(-1)).squeeze(-1)
+
+
+def token_chunks(batch: int, num_tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    """Cut the token axis so that float32 logits [batch, chunk, vocab] stay within LOGITS_BYTES."""
+    chunk = max(1, LOGITS_BYTES[device.type] // (4 * vocab * batch))
+    for low in range(0, num_tokens, chunk):
+        yield slice(low, min(low + chunk, num_tokens))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A sampled quantity: its value, its standard error, and the number of samples behind the value."""
+
+    value: float
+    se: float
+    n: int
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Return the form of results.json; the error of a single sample is unknown, null."""
+        return {"value": self.value, "se": None if math.isnan(self.se) else self.se, "n": self.n}
+
+
+def block_mean(per_block: Tensor, tokens_per_block: Tensor) -> Measured:
+    """Return the token-weighted mean of block means [N], its standard error over blocks, and the token count.
+
+    Blocks are the independent samples; tokens within one are not. The error is that of a ratio of sums.
+    """
+    weights = tokens_per_block.double()
+    values = per_block.double()
+    mean = (values * weights).sum() / weights.sum()
+    count = len(values)
+    if count < 2:
+        return Measured(mean.item(), math.nan, int(weights.sum()))
+    residuals = weights / weights.mean() * (values - mean)
+    error = residuals.square().sum().div(count - 1).sqrt() / math.sqrt(count)
+    return Measured(mean.item(), error.item(), int(weights.sum()))

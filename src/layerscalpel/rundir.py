@@ -1,0 +1,255 @@
+"""The run directory: one folder a stage, finished when its done.json is there, and one results.json above them.
+
+A stage's fingerprint covers the settings it depends on and the fingerprints before it. A finished stage with the same
+fingerprint is not run again; one with another fingerprint is an error, unless the user redoes it. This module imports
+no torch, so a finished run prints its table at once.
+
+    runs/<name>/  config.yaml provenance.json events.jsonl results.json report.html README.md
+                  search/ cut/model/ stitch/ heal/model/ evaluate/ benchmark/ report/  each with done.json, written last
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layerscalpel.config import Config, YamlLoader, to_dict
+from layerscalpel.errors import UserError
+
+STAGES: dict[str, tuple[str, ...]] = {
+    "search": ("model", "target", "data", "search", "seed"),
+    "cut": ("model",),
+    "stitch": ("stitch",),
+    "heal": ("heal",),
+    "evaluate": ("evaluate",),
+    "benchmark": ("benchmark",),
+    "report": (),
+}
+"""Stages in order, and the settings that each adds to what the ones before it depend on."""
+ELSEWHERE = ("device",)
+"""Model settings that say where a run computes; another machine may go on with it."""
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON by rename: a reader sees the old file or the new one, never half of it."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours.
+
+    Raises:
+        UserError: it is not there or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}) - is this a run directory? `scalpel run` makes one"
+        ) from error
+
+
+def file_identity(name: str) -> str:
+    """Return what tells one version of an input file or checkpoint folder from another; a bare name stays a name."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        parts = [f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in sorted(path.glob("*")) if p.is_file()]
+        return f"{path.resolve()}|{'|'.join(parts)}"
+    if path.is_file() and path.suffix == ".gguf":
+        return f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}"
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return name
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    """Return {stage: hash} of the settings and inputs that decide each stage's result."""
+    settings = to_dict(config)
+    settings["model"] = {key: value for key, value in settings["model"].items() if key not in ELSEWHERE}
+    inputs = [file_identity(n) for n in (config.model.name, *map(str, _sources(config)))]
+    chain, result = json.dumps(inputs), {}
+    for stage, sections in STAGES.items():
+        chain = hashlib.sha256((chain + json.dumps([settings[name] for name in sections])).encode()).hexdigest()
+        result[stage] = chain
+    return result
+
+
+def _sources(config: Config) -> tuple[str, str, str]:
+    return config.data.calibration, config.data.healing, config.data.evaluation
+
+
+class RunDir:
+    """One run directory, opened for one configuration."""
+
+    def __init__(self, path: str | Path, config: Config, *, redo: str | None = None) -> None:
+        """Open or create the directory.
+
+        Raises:
+            UserError: it holds something else, was made with other settings, or another process is at work in it.
+        """
+        self.path, self.config = Path(path), config
+        self.fingerprints = fingerprints(config)
+        self._refuse_foreign()
+        self._lock = self._locked()
+        stale = stages_from(redo) if redo else []
+        for stage in stale:
+            (self.path / stage / "done.json").unlink(missing_ok=True)
+        self._refuse_other_settings()
+        (self.path / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+    def _refuse_foreign(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path} is a file - give a folder")
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "config.yaml").exists():
+            raise UserError(f"folder {self.path} holds other files and is no run directory - choose another --out")
+
+    def _locked(self) -> Any:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(
+                f"folder {self.path} cannot be written ({error.strerror}) - choose another --out"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another scalpel is at work in {self.path} - wait for it or choose another --out"
+            ) from error
+        return lock
+
+    def _refuse_other_settings(self) -> None:
+        other = next((s for s in STAGES if (d := self.done(s)) and d["fingerprint"] != self.fingerprints[s]), None)
+        if other is None:
+            return
+        before = yaml.load((self.path / "config.yaml").read_text(encoding="utf-8"), YamlLoader)
+        changed = differences(before, to_dict(self.config)) or ["the input files themselves"]
+        raise UserError(
+            f"folder {self.path} was made with other settings: {'; '.join(changed)}"
+            f" - choose another --out, or redo what follows with --redo {other}"
+        )
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """Return a finished stage's done.json, or None."""
+        path = self.path / stage / "done.json"
+        return read_json(path) if path.exists() else None
+
+    def stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """Return the stage's result, from its folder if it is finished, else by doing the work there.
+
+        `work(folder)` returns plain values. An interrupted stage keeps its folder, and goes on in it only with the same
+        fingerprint.
+        """
+        finished = self.done(name)
+        if finished:
+            return finished["result"]
+        folder, mark = self.path / name, self.path / name / "started.json"
+        if not (mark.exists() and read_json(mark)["fingerprint"] == self.fingerprints[name]):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder / "model", ignore_errors=True)  # an unfinished stage's checkpoint may lack its proof
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(mark, {"fingerprint": self.fingerprints[name]})
+        self.event("start", name)
+        began = time.monotonic()
+        result = work(folder) | {"wall_s": round(time.monotonic() - began, 2)}
+        write_json(folder / "done.json", {"fingerprint": self.fingerprints[name], "result": result})
+        mark.unlink()
+        self.event("done", name, wall_s=result["wall_s"])
+        write_json(self.path / "results.json", self.results())
+        return result
+
+    def event(self, kind: str, stage: str, **values: Any) -> None:
+        """Append one line to events.jsonl."""
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": kind, "stage": stage, **values}
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def results(self) -> dict[str, Any]:
+        """Return the contents of results.json: what the finished stages found."""
+        return collect(self.path)
+
+    def close(self) -> None:
+        """Let other processes in."""
+        self._lock.close()
+
+
+def collect(path: Path) -> dict[str, Any]:
+    """Merge the finished stages of a run directory into the form of results.json; absent stages are absent."""
+    stages = {s: read_json(path / s / "done.json")["result"] for s in STAGES if (path / s / "done.json").exists()}
+    stages.pop("report", None)
+    data = {part: found for result in stages.values() for part, found in result.pop("data", {}).items()}
+    found = stages.get("search", {})
+    head = {key: found.pop(key) for key in ("parent", "segment") if key in found}
+    return head | {"data": data} | {name: result for name, result in stages.items() if not result.get("skipped")}
+
+
+def finished_results(path: str | Path, config: Config, until: str | None, redo: str | None) -> dict[str, Any] | None:
+    """Return the results if all wanted stages are finished with these settings, else None; loads nothing."""
+    path, last = Path(path), until or list(STAGES)[-1]
+    if redo or not (path / "results.json").exists():
+        return None
+    expected = fingerprints(config)
+    for stage in stages_until(last):
+        done = path / stage / "done.json"
+        if not done.exists() or read_json(done)["fingerprint"] != expected[stage]:
+            return None
+    return read_json(path / "results.json")
+
+
+def stages_until(last: str) -> list[str]:
+    """Return the stages up to and with `last`."""
+    names = list(STAGES)
+    return names[: names.index(last) + 1]
+
+
+def stages_from(first: str) -> list[str]:
+    """Return `first` and the stages after it."""
+    names = list(STAGES)
+    return names[names.index(first) :]
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return `key: old -> new` of all settings that differ."""
+    found = []
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old} -> {new}")
+    return found
+
+
+def provenance(config: Config, started: float, wall_s: float) -> dict[str, Any]:
+    """Return versions, platform and times of a run."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("layerscalpel", "torch", "transformers", "accelerate", "safetensors"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "wall_s": round(wall_s, 1),
+        "seed": config.seed,
+        "settings": asdict(config.model),
+    }

@@ -1,0 +1,102 @@
+"""Tables and samples for a person at a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from layerscalpel.layers import Segment
+from layerscalpel.summary import summary_rows, with_error
+
+SAMPLE_CHARACTERS = 320
+
+
+def print_results(results: dict[str, Any], out: Path, console: Console) -> None:
+    """Print what a run found: the segment, the table, the speed-up and one sample."""
+    parent, segment = results.get("parent"), results.get("segment")
+    if parent and segment:
+        console.print(f"[bold]{escape(parent['name'])}[/] without {escape(_removed(segment, parent['num_layers']))}")
+    _print_certificate(results.get("search", {}), console)
+    rows = summary_rows(results)
+    if rows:
+        console.print(results_table(rows))
+    _print_speed(results.get("benchmark", {}), console)
+    _print_sample(results.get("evaluate", {}), console)
+    page = out / "report.html"
+    console.print(f"report {page}" if page.exists() else f"results {out / 'results.json'}", highlight=False)
+
+
+def _removed(segment: list[int], num_layers: int) -> str:
+    return str(Segment(segment[0], segment[1], num_layers))
+
+
+def results_table(rows: list[dict[str, Any]]) -> Table:
+    """Return the table of a run, one row a model."""
+    table = Table("model", title="± is one standard error over blocks", title_style="dim", title_justify="left")
+    for title in ("parameters", "MB", "KL, nats", "top-1 agreement", "perplexity"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        row["model"],
+        f"{row['parameters'] / 1e6:.1f} M" if row["parameters"] else "-",
+        f"{row['bytes'] / 1e6:.0f}" if row["bytes"] else "-",
+        with_error(row["kl_nats"]),
+        with_error(row["top1_agreement_fraction"], percent=True),
+        with_error(row["ppl"], digits=2),
+    ]
+
+
+def comparison_table(runs: dict[str, dict[str, Any]]) -> Table:
+    """Return one row for the final model of each run, and each parent once."""
+    table = Table("run", "model", "segment", "search", title="± is one standard error over blocks", title_style="dim")
+    for title in ("parameters", "MB", "KL, nats", "top-1 agreement", "perplexity"):
+        table.add_column(title, justify="right", no_wrap=True)
+    parents = set()
+    for name, results in runs.items():
+        rows = summary_rows(results)
+        parent = results.get("parent", {}).get("name")
+        wanted = [*(rows[:1] if parent not in parents else []), *rows[1:][-1:]]
+        parents.add(parent)
+        for row in wanted:
+            own = row["model"] != "parent"
+            segment = str(results.get("segment", "-")) if own else "-"
+            method = results.get("search", {}).get("method", "given") if own else "-"
+            table.add_row(escape(name), row["model"], escape(segment), method, *_cells(row)[1:])
+    return table
+
+
+def _print_certificate(search: dict[str, Any], console: Console) -> None:
+    found = search.get("certificate")
+    if not found:
+        return
+    ended = f"{found['num_starts_at_optimum']} of {found['num_starts']} gate starts ended there"
+    text = f"exact optimum: start {found['exact_start']} ({ended})"
+    if found["gate_start"] != found["exact_start"]:
+        behind = with_error(found["difference_kl_nats"])
+        text += f"; the gate chose {found['gate_start']}, {behind} nats worse, so the optimum was taken"
+    console.print(text, highlight=False)
+
+
+def _print_speed(found: dict[str, Any], console: Console) -> None:
+    if "speedup" not in found:
+        return
+    gains = ", ".join(f"{kind} {with_error(found['speedup'][kind], 2)}x" for kind in ("prefill", "decode"))
+    console.print(f"speed-up: {gains} (ideal {found['ideal_speedup']:.2f}x) on {found['device']}", highlight=False)
+
+
+def _print_sample(evaluated: dict[str, Any], console: Console) -> None:
+    final = next((name for name in ("healed", "stitched", "cut", "model") if name in evaluated), None)
+    for name in dict.fromkeys(("parent", final)):
+        samples = evaluated.get(name, {}).get("samples") if name else None
+        if samples:
+            text = " ".join(samples[0]["text"].split())[:SAMPLE_CHARACTERS]
+            console.print(f"[dim]{escape(samples[0]['prompt'])}[/]\n[bold]{name}[/]: {escape(text)}", highlight=False)
