@@ -1,9 +1,9 @@
 """The paper's recipe on a real model: cut, tune the endpoints on instructions, measure on held-out text.
 
-    python benchmarks/heal.py --model demo --text c4.jsonl.gz --instructions alpaca.jsonl.gz --out docs/benchmarks/heal.json
+    python benchmarks/heal.py --text c4.jsonl.gz --instructions alpaca.jsonl.gz --out docs/benchmarks/heal.json
 
-Segment [13, 19), cross-entropy, 2 epochs, learning rate 5e-4, blocks of 512, batch 16; KL and perplexity on 256 held-out
-blocks of 256 tokens in float32. Every seed is appended to the output as it is measured.
+Segment [13, 19), cross-entropy, 2 epochs, learning rate 5e-4, blocks of 512, batch 16; KL and perplexity on 256
+held-out blocks of 256 tokens in float32. Every seed is appended to the output as it is measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from layerscalpel.data import prepare_blocks
 from layerscalpel.decoder import load_decoder, save_decoder
 from layerscalpel.evaluate import Reference, evaluate, final_hidden
 from layerscalpel.heal import HEALERS
-from layerscalpel.layers import Decoder, Segment, find_layers
+from layerscalpel.layers import Decoder, find_layers
+from layerscalpel.segment import Segment
 
 
 def quality(folder: Path, blocks, reference: Reference, device: str) -> dict:

@@ -20,8 +20,10 @@ from layerscalpel.data import prepare_blocks
 from layerscalpel.decoder import load_decoder
 from layerscalpel.exact import score_windows
 from layerscalpel.gate import learn_starts, spread_starts
-from layerscalpel.layers import Decoder, Segment, bypass, device_of, find_layers, hidden_at
+from layerscalpel.layers import Decoder, bypass, device_of, find_layers, hidden_at
 from layerscalpel.losses import kl_to_parent, log_probabilities
+from layerscalpel.search import better_neighbours
+from layerscalpel.segment import Segment
 
 DEPTHS = (3, 6, 9, 12)
 FEW, MANY = 4, 64
@@ -135,14 +137,16 @@ def main() -> None:
                 )
             )
             best = scores_many[depth, seed].best()
-            ends = path.ends(last)
+            ends = better_neighbours(scores_many[depth, seed], path.neighbours(last))
             chosen = min(ends, key=lambda s, d=depth, k=seed: scores_many[d, k].mean(s).value)
             keep(
                 {
                     "part": "gate",
                     "n": depth,
                     "seed": seed,
+                    "learned": [round(a, 2) for a in path.starts[-1]],
                     "ends": ends,
+                    "rounded_at_optimum": path.ends(last).count(best),
                     "optimum": best,
                     "chosen": chosen,
                     "starts_at_optimum": ends.count(best),

@@ -15,9 +15,10 @@ from layerscalpel.cut import cut_config
 from layerscalpel.data import find_source, prepare_blocks
 from layerscalpel.decoder import DTYPES, Origin, load_decoder, num_parameters, peek, weight_bytes
 from layerscalpel.errors import UserError
-from layerscalpel.layers import Segment, find_layer_list, find_layers, parse_segment
+from layerscalpel.layers import find_layer_list, find_layers
 from layerscalpel.progress import waiting
 from layerscalpel.rundir import write_json
+from layerscalpel.segment import Segment, parse_segment
 from layerscalpel.stages import cut_checkpoint
 
 

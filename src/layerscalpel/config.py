@@ -119,8 +119,8 @@ class SearchSettings:
     """Final steepness k of the gate (the paper's value is 5)."""
     initial_steepness: float = bounded(1.0, 0.1)
     """Steepness at the first step, annealed geometrically to the final one; equal values switch annealing off."""
-    gate_lr: float = bounded(0.2, 1e-6)
-    """Adam's learning rate for the start index, in layers (the paper does not state its own)."""
+    gate_lr: float = bounded(0.3, 1e-6)
+    """Adam's first learning rate for the start index, in layers, falling to 0 (the paper does not state its own)."""
 
 
 @dataclass(frozen=True)

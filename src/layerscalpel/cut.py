@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerscalpel.errors import UserError
-from layerscalpel.layers import Decoder, Segment, bypass, device_of
+from layerscalpel.layers import Decoder, bypass, device_of
+from layerscalpel.segment import Segment
 
 COUNTED_BELOW = ("max_window_layers", "first_k_dense_replace")
 """Config fields that hold a depth: the rule applies below (or from) that layer."""
@@ -118,8 +119,12 @@ def cut_model(decoder: Decoder, segment: Segment) -> tuple[PreTrainedModel, dict
     """
     model = decoder.model
     config, traces = cut_config(model.config, segment)
-    with torch.device("meta"):
-        cut = type(model)(config)
+    try:
+        with torch.device("meta"):
+            cut = type(model)(config)
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{type(model).__name__} refuses the cut config: {reason} - it cannot be cut there") from error
     renamed = dict(_renamed(cut, decoder, segment))
     _hand_over(cut, model, renamed)
     cut.generation_config = copy.deepcopy(model.generation_config)

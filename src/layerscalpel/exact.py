@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from layerscalpel.errors import UserError
-from layerscalpel.layers import Decoder, Step, device_of, head_logits, hidden_at, replay
+from layerscalpel.layers import Decoder, Step, device_of, head_logits, hidden_at, replay, require_finite
 from layerscalpel.losses import Measured, block_mean, kl_to_parent, log_probabilities, token_chunks
 from layerscalpel.progress import track
 
@@ -76,7 +76,7 @@ def score_windows(
         starts: the windows to score; None is all, 0 .. L - n.
 
     Raises:
-        UserError: a layer's output is not finite.
+        UserError: the output of a layer, or of the model without a window, is not finite.
     """
     wanted = tuple(sorted(set(starts))) if starts is not None else tuple(range(len(decoder) - num_removed + 1))
     batches = tokens.split(batch_size)
@@ -101,6 +101,10 @@ def _score_batch(decoder: Decoder, tokens_BT: Tensor, num_removed: int, starts: 
         for row in range(len(starts)):
             child = log_probabilities(head_logits(decoder, streams.hidden_WBTD[row, :, part]))
             sums[row] += kl_to_parent(parent, child, probs).sum(-1)
+    void = [start for start, row in zip(starts, sums, strict=True) if not row.isfinite().all()]
+    if void:
+        window = f"[{void[0]}, {void[0] + num_removed})"
+        raise UserError(f"without the segment {window} the model's output is not finite - try another --dtype")
     return sums.cpu() / tokens_BT.shape[1]
 
 
@@ -127,10 +131,3 @@ class _Streams:
             self.hidden_WBTD = hidden_BTD.new_empty(len(self.starts), *hidden_BTD.shape)
         if boundary in self.starts:
             self.hidden_WBTD[self.starts.index(boundary)] = hidden_BTD
-
-
-def require_finite(boundary: int, hidden: Tensor) -> None:
-    """Refuse a parent whose hidden states overflow: every score after that layer would be void."""
-    if not torch.isfinite(hidden).all():
-        where = f"layer {boundary - 1}'s output" if boundary else "the embedding"
-        raise UserError(f"{where} is not finite (NaN or infinity) - try another --dtype, as bfloat16 for float16")

@@ -8,6 +8,8 @@ Adam lowers the KL to the uncut parent; then a is rounded. The 1/2 centres the v
 a .. a + n - 1 are off and both neighbours on, where without it the two edges stand at one half (our departure, as are
 learning rate and annealing, which the paper leaves open). The gradient in a vanishes about 1.5 layers from the edges,
 so one start is a local search; many starts are therefore learned at once, as streams that share the parent's pass.
+The minima lie near half-open edges (two layers half removed cost less than one removed whole), so both whole neighbours
+of a learned start are worth scoring, not the rounded one alone.
 
 Where a gate is 1 to float32's last bit a stream still equals the parent, so it is computed only from its valley on.
 
@@ -20,16 +22,19 @@ Dimensions: S starts, B blocks, T tokens, D hidden size, L layers, N blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from layerscalpel.layers import Decoder, Step, device_of, head_logits, hidden_at, replay
+from layerscalpel.layers import Decoder, Step, device_of, head_logits, hidden_at, replay, require_finite
 from layerscalpel.losses import kl_to_parent, log_probabilities, token_chunks
 from layerscalpel.progress import track
 
+ADAM_BETAS = (0.5, 0.9)
+"""Short memories: with Adam's own (0.9, 0.999) the early, steep gradients freeze or overrun the later, flat ones."""
 OPEN = 1e-7
 """A gate closer to 1 than this changes no float32 hidden state."""
 
@@ -46,8 +51,12 @@ class GatePath:
     """[steps] k."""
 
     def ends(self, last_start: int) -> list[int]:
-        """Return the rounded final start of each stream, kept within 0..last_start."""
+        """Return the rounded final start of each stream, kept within 0..last_start (the paper's choice)."""
         return [min(max(round(a), 0), last_start) for a in self.starts[-1]]
+
+    def neighbours(self, last_start: int) -> list[tuple[int, int]]:
+        """Return the whole starts on both sides of each stream's final start, kept within 0..last_start."""
+        return [(max(0, math.floor(a)), min(math.ceil(a), last_start)) for a in self.starts[-1]]
 
 
 def gate_values(start_S: Tensor, num_layers: int, num_removed: int, steepness: float) -> Tensor:
@@ -72,9 +81,9 @@ def learn_starts(
     num_removed: int,
     initial: Sequence[float],
     steepness: tuple[float, float] = (1.0, 5.0),
-    lr: float = 0.2,
+    lr: float = 0.3,
 ) -> GatePath:
-    """Learn start indices, one Adam step per block, one pass over the blocks.
+    """Learn start indices, one Adam step per block, one pass over the blocks; the learning rate falls linearly to 0.
 
     Args:
         decoder: the parent; its weights are neither changed nor given gradients.
@@ -82,10 +91,10 @@ def learn_starts(
         num_removed: n.
         initial: the S starts, 0 .. L - n.
         steepness: k at the first and the last step, geometric between; equal values switch annealing off.
-        lr: Adam's learning rate, in layers.
+        lr: Adam's learning rate at the first step, in layers.
     """
     start_S = torch.tensor(list(initial), dtype=torch.float64, device=_float64_device(decoder), requires_grad=True)
-    adam = torch.optim.Adam([start_S], lr=lr)
+    adam = torch.optim.Adam([start_S], lr=lr, betas=ADAM_BETAS)
     first, last = steepness
     path = GatePath([start_S.tolist()], [], [])
     frozen = [parameter for parameter in decoder.model.parameters() if parameter.requires_grad]
@@ -94,6 +103,7 @@ def learn_starts(
     try:
         for done, block in enumerate(track(tokens, f"gate n={num_removed}", len(tokens))):
             k = first * (last / first) ** (done / max(1, len(tokens) - 1))
+            adam.param_groups[0]["lr"] = lr * (1 - done / len(tokens))
             adam.zero_grad()
             losses = _backward(decoder, block[None].to(device_of(decoder.model)), start_S, num_removed, k)
             adam.step()
@@ -119,6 +129,7 @@ def _backward(decoder: Decoder, tokens_BT: Tensor, start_S: Tensor, num_removed:
     streams = _GatedStreams(gate_SL)
     with torch.no_grad(), replay(decoder, streams.visit):
         parent_hidden = hidden_at(decoder, tokens_BT, len(decoder))
+    require_finite(len(decoder), parent_hidden)
     hidden_SBTD = streams.hidden_SBTD.detach().requires_grad_()
     sums = torch.zeros(len(gate_SL), device=tokens_BT.device)
     batch, length = tokens_BT.shape
@@ -146,10 +157,12 @@ class _GatedStreams:
         self.hidden_SBTD = torch.empty(0)
 
     def visit(self, i: int, hidden_BTD: Tensor, step: Step) -> None:
+        require_finite(i, hidden_BTD)
         entering = self.begins.count(i)
         if entering:
             fresh = hidden_BTD.expand(entering, *hidden_BTD.shape)
-            self.hidden_SBTD = torch.cat([self.hidden_SBTD, fresh]) if self.hidden_SBTD.numel() else fresh.clone()
+            with torch.enable_grad():  # the streams that are under way keep their graph
+                self.hidden_SBTD = torch.cat([self.hidden_SBTD, fresh]) if self.hidden_SBTD.numel() else fresh.clone()
         live = sum(begin <= i for begin in self.begins)
         if not live:
             return

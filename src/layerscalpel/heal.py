@@ -150,7 +150,8 @@ class SeamLoss:
         parent_MD = self._parent_hidden(tokens_BT, hidden_BTD, predicts_BT)
         leaf_MD = final_MD.detach().requires_grad_(final_MD.requires_grad)
         total, vocab = 0.0, self.student.vocab_size
-        for part in token_chunks(1, len(leaf_MD), vocab, leaf_MD.device):
+        context = tokens_BT.shape[1]  # a longer chunk may have no positions in the model
+        for part in token_chunks(1, len(leaf_MD), vocab, leaf_MD.device, most=context):
             chunk = self._sum(leaf_MD[part], targets_M[part], None if parent_MD is None else parent_MD[part])
             chunk = chunk / denominator
             if leaf_MD.requires_grad:
@@ -283,11 +284,7 @@ class Training:
             for part in index.split(self.settings.micro_batch_size):
                 total += loss(*cache.batch(part), denominator)
                 self._collect_gradients()
-        if not math.isfinite(total):
-            raise UserError(
-                f"healing diverged: the loss is {total} at step {step + 1} with learning rate {lr:.2g}"
-                " - lower heal.lr; the state of the last validation is kept"
-            )
+        _require_finite("loss", total, step + 1, lr)
         torch.nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm)
         for group in self.adam.param_groups:
             group["lr"] = lr
@@ -320,7 +317,9 @@ class Training:
         denominator = max(1.0, float(held_out.blocks.labelled.sum()))
         parts = torch.arange(len(held_out.blocks)).split(self.settings.micro_batch_size)
         value = sum(loss(*held_out.batch(part), denominator) for part in parts)
-        self.progress.validation.append({"step": self.progress.step, "loss_nats": value})
+        done = self.progress.step
+        _require_finite("held-out loss", value, done, learning_rate(max(0, done - 1), self.steps, self.settings))
+        self.progress.validation.append({"step": done, "loss_nats": value})
         if value < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step = value, self.progress.step
             self.best = [master.detach().clone() for master in self.masters]
@@ -332,6 +331,7 @@ class Training:
             "best": self.best,
             "adam": self.adam.state_dict(),
         }
+        self.state_file.parent.mkdir(parents=True, exist_ok=True)
         draft = self.state_file.with_suffix(".draft")
         torch.save(state, draft)
         os.replace(draft, self.state_file)
@@ -348,6 +348,14 @@ class Training:
             master.copy_(stored)
         self._write(self.masters)
         say(f"healing goes on from step {self.progress.step} of {self.steps}")
+
+
+def _require_finite(name: str, value: float, step: int, lr: float) -> None:
+    if not math.isfinite(value):
+        raise UserError(
+            f"healing diverged: the {name} is {value} at step {step} with learning rate {lr:.2g}"
+            " - lower heal.lr; the state of the last validation is kept"
+        )
 
 
 def learning_rate(step: int, steps: int, settings: HealSettings) -> float:

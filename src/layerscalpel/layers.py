@@ -29,52 +29,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerscalpel.errors import UserError
+from layerscalpel.segment import Segment
 
 STACKED_TOKENS = {"cpu": 1024, "cuda": 1 << 17, "mps": 1 << 14}
 """Tokens of all streams that go through a layer at once: a CPU is fastest while they stay in its cache."""
 Step = Callable[[Tensor], Tensor]
 Visit = Callable[[int, Tensor, Step], None]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The layers [start, stop) of a decoder with num_layers layers; 0-based, stop excluded."""
-
-    start: int
-    stop: int
-    num_layers: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop <= self.num_layers:
-            raise UserError(
-                f"segment {self.start}:{self.stop} does not lie in this model's layers"
-                f" - allowed: START:STOP with 0 <= START < STOP <= {self.num_layers}"
-            )
-        if self.num_layers - len(self) < 2:
-            raise UserError(
-                f"segment {self.start}:{self.stop} leaves {self.num_layers - len(self)} of {self.num_layers} layers"
-                f" - at least 2 must stay, so remove at most {self.num_layers - 2}"
-            )
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __str__(self) -> str:
-        first, last = self.start, self.stop - 1
-        spoken = f"layer {first}" if len(self) == 1 else f"layers {first}..{last}"
-        return f"{spoken} (segment [{self.start}, {self.stop}), {len(self)} of {self.num_layers})"
-
-    def kept(self) -> list[int]:
-        """Return the old indices of the layers that stay, in order."""
-        return [i for i in range(self.num_layers) if not self.start <= i < self.stop]
-
-
-def parse_segment(text: str, num_layers: int) -> Segment:
-    """Read START:STOP."""
-    start, colon, stop = text.partition(":")
-    if not colon or not start.strip().isdigit() or not stop.strip().isdigit():
-        raise UserError(f"segment '{text}' is no START:STOP - write 13:19 for layers 13..18")
-    return Segment(int(start), int(stop), num_layers)
 
 
 @dataclass(frozen=True)
@@ -149,11 +109,20 @@ def find_layers(model: PreTrainedModel) -> Decoder:
     batch 2 and 3, which tells the arguments that grow with the batch from those that are broadcast.
     """
     path, layers = find_layer_list(model)
+    _refuse_shared_keys(model)
     returns = _returns(model, layers)
     blind = Decoder(model, layers, path, returns, frozenset(), frozenset())
     small, large = _arguments(blind, 2), _arguments(blind, 3)
     growing = {place for place, size in small.items() if size and 2 * large.get(place, 0) == 3 * size}
     return Decoder(model, layers, path, returns, frozenset(growing), frozenset(small))
+
+
+def _refuse_shared_keys(model: PreTrainedModel) -> None:
+    text = model.config.get_text_config(decoder=True)
+    if getattr(text, "num_kv_shared_layers", 0) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
+        raise UserError(
+            f"layers of {type(model).__name__} read the keys and values of other layers - this model cannot be cut"
+        )
 
 
 def _probe_tokens(model: nn.Module, batch: int) -> Tensor:
@@ -164,6 +133,10 @@ def _returns(model: PreTrainedModel, layers: nn.ModuleList) -> int | None:
     seen: list[int | None] = []
 
     def look(_module: nn.Module, _args: Any, output: Any) -> None:
+        shape = tuple(hidden_in(output).shape)
+        if len(shape) != 3:
+            reason = f"layers of {type(model).__name__} pass on hidden states of shape {shape}, not [B, T, D]"
+            raise UserError(f"{reason} - this model cannot be cut")
         seen.append(len(output) if isinstance(output, tuple) else None)
         raise _EarlyEndError
 
@@ -360,6 +333,13 @@ def _captured(decoder: Decoder, tokens: Tensor, boundary: int) -> Tensor:
     finally:
         handle.remove()
     return caught[0]
+
+
+def require_finite(boundary: int, hidden: Tensor) -> None:
+    """Refuse a parent whose hidden states overflow: every score after that layer would be void."""
+    if not torch.isfinite(hidden).all():
+        where = f"layer {boundary - 1}'s output" if boundary else "the embedding"
+        raise UserError(f"{where} is not finite (NaN or infinity) - try another --dtype, as bfloat16 for float16")
 
 
 def head_logits(decoder: Decoder, hidden: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from layerscalpel import plots
-from layerscalpel.layers import Segment
 from layerscalpel.search import SEARCHES
+from layerscalpel.segment import Segment
 from layerscalpel.summary import summary_rows
 
 Results = dict[str, Any]

@@ -15,9 +15,9 @@ from typing import Any
 
 from layerscalpel import stages
 from layerscalpel.config import Config
-from layerscalpel.layers import Segment
 from layerscalpel.progress import say
 from layerscalpel.rundir import RunDir, provenance, stages_until, write_json
+from layerscalpel.segment import Segment
 
 
 def run(

@@ -17,7 +17,8 @@ from layerscalpel.config import SearchName, SearchSettings, TargetSettings
 from layerscalpel.errors import UserError
 from layerscalpel.exact import WindowScores, score_windows
 from layerscalpel.gate import GatePath, learn_starts, spread_starts
-from layerscalpel.layers import Decoder, Segment, parse_segment
+from layerscalpel.layers import Decoder
+from layerscalpel.segment import Segment, parse_segment
 from layerscalpel.similarity import boundary_cosines
 
 
@@ -105,17 +106,17 @@ def find_exact(decoder: Decoder, tokens: Tensor, num_removed: int, settings: Sea
 
 
 def find_gate(decoder: Decoder, tokens: Tensor, num_removed: int, settings: SearchSettings, seed: int) -> SearchResult:
-    """Learn the starts, round them, and take the end with the lowest KL of the real cut."""
+    """Learn the starts and take, of the whole starts beside each, the one with the lowest KL of the real cut."""
     path = _learned(decoder, tokens, num_removed, settings)
-    ends = path.ends(len(decoder) - num_removed)
+    beside = path.neighbours(len(decoder) - num_removed)
     scores = score_windows(
         decoder,
         tokens[: settings.num_blocks],
         num_removed=num_removed,
         batch_size=settings.batch_size,
-        starts=sorted(set(ends)),
+        starts=sorted({start for pair in beside for start in pair}),
     )
-    details = {"gate": {**asdict(path), "ends": ends}}
+    details = {"gate": {**asdict(path), "ends": better_neighbours(scores, beside)}}
     return SearchResult("gate", _window(decoder, scores.best(), num_removed), scores.to_dict(), details)
 
 
@@ -123,13 +124,18 @@ def find_clp(decoder: Decoder, tokens: Tensor, num_removed: int, settings: Searc
     """Learn the gate, then score every window as its certificate; go on with the better of the two."""
     path = _learned(decoder, tokens, num_removed, settings)
     scores = _exact_scores(decoder, tokens, num_removed, settings)
-    ends = path.ends(len(decoder) - num_removed)
+    ends = better_neighbours(scores, path.neighbours(len(decoder) - num_removed))
     gate_choice = min(ends, key=lambda start: scores.mean(start).value)
     details = {
         "gate": {**asdict(path), "ends": ends},
         "certificate": certificate(scores, gate_choice, ends),
     }
     return SearchResult("clp", _window(decoder, scores.best(), num_removed), scores.to_dict(), details)
+
+
+def better_neighbours(scores: WindowScores, pairs: list[tuple[int, int]]) -> list[int]:
+    """Return of each pair of starts the one with the lower mean KL."""
+    return [min(pair, key=lambda start: scores.mean(start).value) for pair in pairs]
 
 
 def certificate(scores: WindowScores, gate_choice: int, ends: list[int]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812, the name everybody knows it by
 from torch import Tensor
 
-from layerscalpel.layers import Decoder, Step, device_of, hidden_at, replay
+from layerscalpel.layers import Decoder, Step, device_of, hidden_at, replay, require_finite
 from layerscalpel.losses import Measured, block_mean
 from layerscalpel.progress import track
 
@@ -67,11 +67,12 @@ def boundary_cosines(decoder: Decoder, tokens: Tensor, *, batch_size: int = 4) -
 def _batch_cosines(decoder: Decoder, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
     boundaries: list[Tensor] = []
 
-    def keep(_i: int, hidden_BTD: Tensor, _step: Step) -> None:
+    def keep(i: int, hidden_BTD: Tensor, _step: Step | None = None) -> None:
+        require_finite(i, hidden_BTD)
         boundaries.append(F.normalize(hidden_BTD.float(), dim=-1))
 
     with replay(decoder, keep):
-        boundaries.append(F.normalize(hidden_at(decoder, tokens_BT, len(decoder)).float(), dim=-1))
+        keep(len(decoder), hidden_at(decoder, tokens_BT, len(decoder)))
     stacked = torch.stack(boundaries, dim=1)  # [B, L + 1, T, D]
     mean = torch.einsum("bitd,bjtd->bij", stacked, stacked) / tokens_BT.shape[1]
     last = torch.einsum("bid,bjd->bij", stacked[:, :, -1], stacked[:, :, -1])

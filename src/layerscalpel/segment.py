@@ -1,0 +1,48 @@
+"""The run of layers that is removed, and how it is spoken of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layerscalpel.errors import UserError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The layers [start, stop) of a decoder with num_layers layers; 0-based, stop excluded."""
+
+    start: int
+    stop: int
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= self.num_layers:
+            raise UserError(
+                f"segment {self.start}:{self.stop} does not lie in this model's layers"
+                f" - allowed: START:STOP with 0 <= START < STOP <= {self.num_layers}"
+            )
+        if self.num_layers - len(self) < 2:
+            raise UserError(
+                f"segment {self.start}:{self.stop} leaves {self.num_layers - len(self)} of {self.num_layers} layers"
+                f" - at least 2 must stay, so remove at most {self.num_layers - 2}"
+            )
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        first, last = self.start, self.stop - 1
+        spoken = f"layer {first}" if len(self) == 1 else f"layers {first}..{last}"
+        return f"{spoken} (segment [{self.start}, {self.stop}), {len(self)} of {self.num_layers})"
+
+    def kept(self) -> list[int]:
+        """Return the old indices of the layers that stay, in order."""
+        return [i for i in range(self.num_layers) if not self.start <= i < self.stop]
+
+
+def parse_segment(text: str, num_layers: int) -> Segment:
+    """Read START:STOP."""
+    start, colon, stop = text.partition(":")
+    if not colon or not start.strip().isdecimal() or not stop.strip().isdecimal():
+        raise UserError(f"segment '{text}' is no START:STOP - write 13:19 for layers 13..18")
+    return Segment(int(start), int(stop), num_layers)

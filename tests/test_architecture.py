@@ -1,0 +1,139 @@
+"""The house itself: imports point one way, nothing heavy loads early, tables and documents agree with the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from layerscalpel import config
+from layerscalpel.heal import HEALERS
+from layerscalpel.search import SEARCHES
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "layerscalpel"
+ORDER = [
+    "errors",
+    "config",
+    "progress",
+    "segment",
+    "layers",
+    "decoder",
+    "data",
+    "losses",
+    "similarity",
+    "gate",
+    "exact",
+    "search",
+    "cut",
+    "witness",
+    "evaluate",
+    "stitch",
+    "heal",
+    "benchmark",
+    "summary",
+    "tables",
+    "plots",
+    "report",
+    "rundir",
+    "stages",
+    "run",
+    "alone",
+    "cli",
+]
+
+
+def own_imports(module: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "layerscalpel":
+            found |= {alias.name for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("layerscalpel."):
+            found.add(str(node.module).removeprefix("layerscalpel."))
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert set(ORDER) == {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_point_one_way(module: str) -> None:
+    later = set(ORDER[ORDER.index(module) :])
+    assert not own_imports(module) & later
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import sys, layerscalpel.cli; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_core_imports_without_datasets_or_plotting() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('datasets', 'matplotlib', 'lm_eval')));"
+        "import layerscalpel.run, layerscalpel.alone, layerscalpel.cli"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_tables_have_exactly_the_names_that_settings_allow() -> None:
+    assert set(SEARCHES) == set(get_args(config.SearchName))
+    assert set(HEALERS) == set(get_args(config.HealName))
+
+
+def test_every_setting_has_its_sentence() -> None:
+    for key, (section, name) in config.setting_keys().items():
+        sentence = config.sentences(section).get(name, "")
+        assert sentence.endswith("."), key
+
+
+def test_functions_are_small() -> None:
+    long = []
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.body:
+                first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+                length = (node.end_lineno or 0) - first.lineno + 1
+                if length > 40:
+                    long.append(f"{path.name}:{node.name} has {length} lines")
+    assert long == []
+
+
+def test_recipes_are_valid() -> None:
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        config.build_config([config.recipe(path)])
+
+
+def test_the_readme_names_every_search_and_both_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make demo" in text
+    assert "make test" in text
+    assert all(f"`{name}`" in text for name in SEARCHES)
+
+
+def test_settings_named_in_documents_exist() -> None:
+    known, sections = set(config.setting_keys()), {key.split(".")[0] for key in config.setting_keys() if "." in key}
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        named = re.findall(r"`([a-z_]+\.[a-z_]+)(?:=[^`]*)?`", path.read_text(encoding="utf-8"))
+        wrong = [key for key in named if key.split(".")[0] in sections and key not in known and not is_file(key)]
+        assert wrong == [], path.name
+
+
+def is_file(name: str) -> bool:
+    return name.endswith((".py", ".md", ".json"))
+
+
+def test_commands_in_the_readme_parse() -> None:
+    from layerscalpel.cli import build_parser
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^scalpel ([a-z].*)$", text, flags=re.MULTILINE)
+    assert commands
+    for line in commands:
+        build_parser().parse_args(line.split("  #")[0].split())

@@ -1,0 +1,103 @@
+"""Settings: merged in order, checked all at once, with the next step in every complaint."""
+
+from __future__ import annotations
+
+import pytest
+
+from layerscalpel.config import Config, build_config, parse_assignment, recipe, to_dict
+from layerscalpel.errors import UserError
+
+
+def complaint(*layers: dict) -> str:
+    with pytest.raises(UserError) as caught:
+        build_config(layers)
+    return str(caught.value)
+
+
+def test_later_settings_win() -> None:
+    config = build_config([{"heal.epochs": 1, "seed": 3}, {"heal.epochs": 4}])
+    assert (config.heal.epochs, config.seed) == (4, 3)
+
+
+def test_defaults_are_untouched_by_a_build() -> None:
+    build_config([{"heal.epochs": 9}])
+    assert Config().heal.epochs == 2
+
+
+def test_all_findings_come_at_once() -> None:
+    text = complaint({"heal.epoch": 1, "search.method": "exakt", "target.rate": 1.5, "heal.lr": "much"})
+    assert len(text.splitlines()) == 4
+    assert "unknown setting 'heal.epoch' - did you mean 'heal.epochs'?" in text
+    assert "search.method=exakt is unknown - did you mean 'exact'?" in text
+    assert "rate 1.5 is not between 0 and 1" in text
+    assert "heal.lr='much' is not a number" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("heal.epochs", 0),
+        ("heal.epochs", 1.5),
+        ("heal.epochs", True),
+        ("heal.lr", float("nan")),
+        ("data.validation_fraction", 0.9),
+        ("benchmark.enabled", "yes please"),
+        ("seed", -1),
+        ("model.device", "tpu"),
+    ],
+)
+def test_wrong_values_are_refused(key: str, value: object) -> None:
+    assert key in complaint({key: value})
+
+
+@pytest.mark.parametrize("rate", [0, 1, -0.2, 7])
+def test_rates_outside_0_to_1_are_refused(rate: float) -> None:
+    assert f"rate {float(rate)}" in complaint({"target.rate": rate})
+
+
+def test_two_targets_contradict() -> None:
+    assert "give one of" in complaint({"target.rate": 0.2, "target.layers": 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("13:19", "13:19"),
+        ("5e-4", 5e-4),
+        ("1e3", 1000.0),
+        ("7", 7),
+        ("-1", -1),
+        ("0.5", 0.5),
+        ("true", True),
+        ("c4", "c4"),
+    ],
+)
+def test_values_read_as_written(text: str, value: object) -> None:
+    key, read = parse_assignment(f"any.key={text}")
+    assert (key, read, type(read)) == ("any.key", value, type(value))
+
+
+def test_an_assignment_without_equals_is_explained() -> None:
+    with pytest.raises(UserError, match="has no '='"):
+        parse_assignment("heal.epochs")
+
+
+def test_a_recipe_round_trips(tmp_path) -> None:
+    import yaml
+
+    config = build_config([{"target.segment": "13:19", "heal.lr": 5e-4, "model.name": "demo"}])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
+    assert build_config([recipe(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize("content", ["- a list", "a: [", "\x00", "just words"])
+def test_no_recipe_is_explained(tmp_path, content: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"recipe .*recipe\.yaml"):
+        recipe(path)
+
+
+def test_a_missing_recipe_is_explained(tmp_path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        recipe(tmp_path / "nothing.yaml")

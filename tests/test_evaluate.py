@@ -1,0 +1,140 @@
+"""The figures are those of the full logits, and the parent against itself loses nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812, the name everybody knows it by
+from families import VOCAB, tiny
+from planted import mean_kl, random_blocks
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from layerscalpel import losses
+from layerscalpel.errors import UserError
+from layerscalpel.evaluate import PROMPTS, Quality, Reference, evaluate, final_hidden, write_samples
+from layerscalpel.layers import find_layers
+
+BLOCKS = random_blocks(5, labelled_fraction=0.4)
+TEMPLATE = "{% for m in messages %}user {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}bot{% endif %}"
+
+
+def measured(student: Any, parent: Any, batch_size: int = 4) -> Quality:
+    decoder = find_layers(parent)
+    hidden = final_hidden(decoder, BLOCKS.tokens, batch_size=batch_size, label="parent")
+    return evaluate(find_layers(student), BLOCKS, Reference(decoder, hidden), batch_size=batch_size)
+
+
+def word_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that knows the words of the prompts and fills the rest of the vocabulary."""
+    split = Whitespace()
+    words = dict.fromkeys(word for prompt in PROMPTS for word, _ in split.pre_tokenize_str(prompt))
+    names = ["<pad>", "<s>", "</s>", "<unk>", "user", "bot", *words]
+    names += [f"w{i}" for i in range(len(names), VOCAB)]
+    model = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    model.pre_tokenizer = split
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def written_greedily(model: Any, tokenizer: Any, text: str, count: int) -> str:
+    """Append the most likely token, without a cache, until the end-of-text token."""
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    given = ids.shape[1]
+    for _ in range(count):
+        with torch.no_grad():
+            token = model(ids, use_cache=False).logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, token], dim=1)
+        if token.item() == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[0, given:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "opt", "granite"])
+def test_parent_against_itself_loses_nothing(family: str) -> None:
+    model = tiny(family)
+    quality = measured(model, model)
+    assert quality.kl_nats is not None
+    assert quality.top1_agreement_fraction is not None
+    assert (quality.kl_nats.value, quality.kl_nats.se) == (0, 0)
+    assert (quality.top1_agreement_fraction.value, quality.top1_agreement_fraction.se) == (1, 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "opt", "granite"])
+def test_figures_equal_those_of_the_full_logits(family: str) -> None:
+    student, parent = tiny(family, seed=1), tiny(family, seed=0)
+    quality, logits, wanted = measured(student, parent), student(BLOCKS.tokens).logits, parent(BLOCKS.tokens).logits
+    assert quality.kl_nats is not None
+    assert quality.top1_agreement_fraction is not None
+    assert quality.kl_nats.value == pytest.approx(mean_kl(wanted, logits).mean().item(), abs=1e-5)
+    agreement = (wanted.argmax(-1) == logits.argmax(-1)).float().mean().item()
+    assert quality.top1_agreement_fraction.value == pytest.approx(agreement)
+    counted = BLOCKS.labelled[:, 1:]
+    nll = F.cross_entropy(logits[:, :-1][counted].double(), BLOCKS.tokens[:, 1:][counted])
+    assert quality.ppl.value == pytest.approx(nll.exp().item(), rel=1e-5)
+    assert (quality.kl_nats.n, quality.ppl.n) == (BLOCKS.tokens.numel(), int(counted.sum()))
+
+
+@torch.no_grad()
+def test_perplexity_weighs_tokens_and_not_blocks() -> None:
+    blocks, model = random_blocks(2), tiny("llama")
+    blocks.labelled[1, 3:] = False  # 15 targets in one block, 2 in the other
+    found = evaluate(find_layers(model), blocks, None).ppl
+    log_probs = model(blocks.tokens).logits.log_softmax(-1)[:, :-1]
+    nll_NT = -log_probs.gather(-1, blocks.tokens[:, 1:, None])[..., 0]
+    long, short = nll_NT[0], nll_NT[1, :2]
+    assert found.value == pytest.approx(math.exp((long.sum() + short.sum()) / 17), rel=1e-5)
+    assert found.value != pytest.approx(math.exp((long.mean() + short.mean()) / 2), rel=1e-3)
+    assert found.n == 17
+
+
+def test_figures_do_not_depend_on_batches_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, parent = tiny("llama", seed=1), tiny("llama")
+    whole = measured(student, parent, batch_size=5).to_dict()
+    monkeypatch.setitem(losses.LOGITS_BYTES, "cpu", 4 * 2 * 3 * VOCAB)  # three tokens of two blocks at once
+    parts = measured(student, parent, batch_size=2).to_dict()
+    for name, item in whole.items():
+        assert parts[name] == pytest.approx(item, rel=1e-4)
+
+
+def test_without_a_parent_only_perplexity_is_measured() -> None:
+    found = evaluate(find_layers(tiny("llama")), BLOCKS, None).to_dict()
+    assert list(found) == ["ppl"]
+    assert found["ppl"]["se"] > 0
+
+
+def test_one_block_gives_json_without_nan() -> None:
+    found = evaluate(find_layers(tiny("llama")), random_blocks(1), None).to_dict()
+    assert json.loads(json.dumps(found, allow_nan=False))["ppl"]["se"] is None
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_samples_are_one_greedy_text_per_prompt(template: str | None) -> None:
+    model, tokenizer = tiny("llama"), word_tokenizer(template)
+    samples = write_samples(model, tokenizer, num_tokens=6, label="samples")
+    assert [sample["prompt"] for sample in samples] == list(PROMPTS)
+    for sample in samples:
+        asked = sample["prompt"] if template is None else f"user {sample['prompt']} bot"
+        assert sample["text"] == written_greedily(model, tokenizer, asked, 6)
+    assert len({sample["text"] for sample in samples}) > 1
+
+
+def test_no_samples_are_written_when_switched_off() -> None:
+    assert write_samples(tiny("llama"), word_tokenizer(None), num_tokens=0, label="samples") == []
+
+
+def test_model_that_computes_nan_is_a_user_error() -> None:
+    decoder = find_layers(tiny("llama"))
+    decoder.layers[3].mlp.down_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(UserError, match="output is not finite"):
+        evaluate(decoder, BLOCKS, None)
+    with pytest.raises(UserError, match="output is not finite"):
+        final_hidden(decoder, BLOCKS.tokens, batch_size=4, label="parent")

@@ -1,0 +1,211 @@
+"""The whole path on a tiny model: the contract of results.json, resuming, redoing, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from world import write_model, write_recipe, write_texts
+
+from layerscalpel import heal, stages
+from layerscalpel.cli import main
+from layerscalpel.rundir import STAGES
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_model(folder / "model")
+    write_recipe(folder / "recipe.yaml", write_texts(folder / "texts.jsonl"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path) -> Path:
+    """A finished run, read by many tests and changed by none."""
+    assert scalpel(world, "run", "finished", verify=True) == 0
+    return world / "finished"
+
+
+def scalpel(world: Path, command: str, out: str, *more: str, verify: bool = False) -> int:
+    """Run a command; only where `verify` is on is the cut proven, which takes a fresh process."""
+    shared = ["--recipe", str(world / "recipe.yaml"), "--out", str(world / out), "--quiet", *more]
+    skip = ["--no-verify"] if command == "run" and not verify else []
+    return main([command, str(world / "model"), *shared, *skip])
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_results_have_the_agreed_form(finished: Path) -> None:
+    results = results_of(finished)
+    assert {"parent", "segment", "search", "cut", "heal", "evaluate", "benchmark"} <= set(results)
+    assert {"name", "num_layers", "parameters", "bytes"} <= set(results["parent"])
+    start, stop = results["segment"]
+    assert stop - start == 2
+    assert results["search"]["method"] == "clp"
+    assert set(results["search"]["scores"]) == {str(start) for start in range(7)}
+    assert all(set(score) == {"kl_nats", "se"} for score in results["search"]["scores"].values())
+    assert set(results["evaluate"]) >= {"parent", "cut", "healed"}
+    for name in ("cut", "healed"):
+        for measure in ("kl_nats", "top1_agreement_fraction", "ppl"):
+            assert set(results["evaluate"][name][measure]) == {"value", "se", "n"}
+
+
+def test_stages_that_did_not_run_are_absent(finished: Path) -> None:
+    assert "stitch" not in results_of(finished)
+    assert "quantize" not in results_of(finished)
+
+
+def test_every_stage_ends_with_done_json_and_no_drafts_stay(finished: Path) -> None:
+    assert all((finished / stage / "done.json").is_file() for stage in STAGES)
+    assert not [path for path in finished.rglob("*") if "draft" in path.name or path.name == "started.json"]
+
+
+def test_the_run_leaves_its_files(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "provenance.json", "events.jsonl", "results.json", "report.html", "README.md"} <= names
+    assert (finished / "heal" / "model" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("stage", ["cut", "heal"])
+def test_checkpoints_load_as_any_user_loads_them(finished: Path, stage: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished / stage / "model")
+    assert model.config.num_hidden_layers == 6
+    assert AutoTokenizer.from_pretrained(finished / stage / "model")("dusk").input_ids
+
+
+def test_healed_differs_from_cut_at_the_seam_only(finished: Path) -> None:
+    cut, healed = (AutoModelForCausalLM.from_pretrained(finished / s / "model").state_dict() for s in ("cut", "heal"))
+    changed = {name.split(".")[2] for name in cut if not torch.equal(cut[name], healed[name])}
+    start = results_of(finished)["segment"][0]
+    assert changed == {str(i) for i in (start - 1, start) if 0 <= i < 6}
+
+
+def test_parts_do_not_overlap(finished: Path) -> None:
+    data = results_of(finished)["data"]
+    assert len({part["sha256"] for part in data.values()}) == 4
+
+
+def test_a_finished_run_prints_its_table_without_torch(finished: Path, world: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from layerscalpel.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["run", str(world / "model"), "--recipe", str(world / "recipe.yaml"), "--out", str(finished)]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "healed" in done.stdout
+
+
+def test_json_output_is_results_json(finished: Path, world: Path, capsys) -> None:
+    assert scalpel(world, "run", "finished", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == results_of(finished)
+
+
+def test_until_stops_and_the_rest_goes_on_later(world: Path, monkeypatch) -> None:
+    assert scalpel(world, "run", "later", "--until", "cut") == 0
+    assert "heal" not in results_of(world / "later")
+    monkeypatch.setattr(stages, "search", lambda *_: pytest.fail("a finished stage ran again"))
+    monkeypatch.setattr(stages, "cut", lambda *_, **__: pytest.fail("a finished stage ran again"))
+    assert scalpel(world, "run", "later", "--until", "heal") == 0
+    assert "heal" in results_of(world / "later")
+
+
+def test_the_same_settings_give_the_same_results(finished: Path, world: Path) -> None:
+    assert scalpel(world, "run", "again", "--until", "heal") == 0
+    first, second = results_of(finished), results_of(world / "again")
+    assert first["search"]["scores"] == second["search"]["scores"]
+    assert first["heal"]["train"] == second["heal"]["train"]
+
+
+def test_other_settings_in_the_same_folder_are_refused_and_named(world: Path, capsys) -> None:
+    assert scalpel(world, "run", "settings", "--until", "cut") == 0
+    before = results_of(world / "settings")
+    assert scalpel(world, "run", "settings", "--until", "cut", "--seed", "5") == 2
+    message = capsys.readouterr().err
+    assert "seed: 0 -> 5" in message
+    assert "--redo search" in message
+    assert results_of(world / "settings") == before
+
+
+def test_redo_takes_other_settings_and_drops_what_followed(world: Path) -> None:
+    assert scalpel(world, "run", "redo", "--until", "heal") == 0
+    assert scalpel(world, "run", "redo", "--until", "cut", "--redo", "search", "--search", "last") == 0
+    results = results_of(world / "redo")
+    assert results["search"]["method"] == "last"
+    assert results["segment"] == [6, 8]
+    assert "heal" not in results
+
+
+def test_a_given_segment_skips_the_search(world: Path) -> None:
+    assert scalpel(world, "run", "given", "--until", "cut", "--segment", "3:5") == 0
+    assert results_of(world / "given")["segment"] == [3, 5]
+    assert "search" not in results_of(world / "given")
+
+
+def test_an_interruption_ends_with_130_and_goes_on(world: Path, monkeypatch) -> None:
+    own = heal.Training._step
+    calls = []
+
+    def once(self, *given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return own(self, *given)
+
+    monkeypatch.setattr(heal.Training, "_step", once)
+    assert scalpel(world, "run", "broken", "--until", "heal") == 130
+    assert "heal" not in results_of(world / "broken")
+    assert (world / "broken" / "heal" / "state.pt").is_file()
+    assert scalpel(world, "run", "broken", "--until", "heal") == 0
+    assert scalpel(world, "run", "whole", "--until", "heal") == 0
+    broken, whole = (
+        AutoModelForCausalLM.from_pretrained(world / out / "heal" / "model").state_dict() for out in ("broken", "whole")
+    )
+    assert all(torch.equal(broken[name], whole[name]) for name in whole)
+
+
+def test_stage_commands_work_on_a_run_directory(world: Path) -> None:
+    assert scalpel(world, "run", "stages", "--until", "cut") == 0
+    folder = str(world / "stages")
+    assert main(["evaluate", folder, "--quiet"]) == 0
+    assert "healed" in results_of(world / "stages")["evaluate"]
+    assert main(["report", folder, "--quiet"]) == 0
+    assert (world / "stages" / "report.html").is_file()
+
+
+def test_cut_writes_a_plain_checkpoint_with_its_history(world: Path, capsys) -> None:
+    assert main(["cut", str(world / "model"), "--segment", "1:3", "--out", str(world / "plain"), "--quiet"]) == 0
+    assert "proven in a fresh process" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(world / "plain").config.num_hidden_layers == 6
+    history = json.loads((world / "plain" / "layerscalpel.json").read_text(encoding="utf-8"))
+    assert history["segment"] == [1, 3]
+
+
+def test_one_model_alone_is_evaluated_without_kl(world: Path) -> None:
+    assert scalpel(world, "evaluate", "alone") == 0
+    found = results_of(world / "alone")["evaluate"]["model"]
+    assert "kl_nats" not in found
+    assert set(found["ppl"]) == {"value", "se", "n"}
+
+
+def test_compare_lists_final_models(finished: Path, capsys) -> None:
+    assert main(["compare", str(finished), str(finished), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in rows[str(finished)]] == ["parent", "cut", "healed"]
+    assert main(["compare", str(finished)]) == 0
+
+
+def test_inspect_reads_no_weights(world: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    assert main(["inspect", str(world / "model"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_layers"] == 8
+    assert found["config_fields_a_cut_changes"] == ["num_hidden_layers"]
