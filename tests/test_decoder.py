@@ -344,9 +344,9 @@ def write_gguf(path: Path, model: PreTrainedModel) -> None:
     writer.add_rope_dimension_count(8)
     writer.add_vocab_size(VOCAB)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<end>", "Ġ", *map(chr, range(33, 127)), "on"])
+    writer.add_token_list(["<end>", "Ġ", *map(chr, range(33, 126)), "on", "er"])
     writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * 96])
-    writer.add_token_merges(["o n"])
+    writer.add_token_merges(["o n", "e r"])  # a list of one comes back as a text in some releases
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

@@ -155,11 +155,11 @@ def test_steps_are_those_of_adam_on_the_naive_gradient() -> None:
     path = learn_starts(decoder, ids, num_removed=2, initial=[2.5], steepness=(2.0, 2.0), lr=0.3)
     a = torch.tensor([2.5], dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([a], lr=0.3)
-    for block, found in zip(ids, path.starts[1:], strict=True):
-        gradient = naive_loss_and_gradient(decoder, block[None], a.item(), 2, 2.0)[1]
-        a.grad = torch.tensor([gradient], dtype=torch.float64)
+    for done, block in enumerate(ids):
+        adam.param_groups[0]["lr"] = 0.3 * (1 - done / 4)
+        a.grad = torch.tensor([naive_loss_and_gradient(decoder, block[None], a.item(), 2, 2.0)[1]], dtype=torch.float64)
         adam.step()
-        assert found == pytest.approx([a.item()], abs=1e-4)
+        assert path.starts[done + 1] == pytest.approx([a.item()], abs=1e-4)
 
 
 def test_path_has_every_step_and_anneals_geometrically() -> None:
@@ -180,6 +180,11 @@ def test_starts_stay_within_the_model() -> None:
 
 def test_ends_are_rounded_and_clamped() -> None:
     assert GatePath([[-0.4, 2.4, 2.6, 6.9]], [], []).ends(6) == [0, 2, 3, 6]
+
+
+def test_neighbours_are_the_whole_starts_on_both_sides() -> None:
+    path = GatePath([[0.0, 2.4, 2.6, 3.0, 6.0]], [], [])
+    assert path.neighbours(6) == [(0, 0), (2, 3), (2, 3), (3, 3), (6, 6)]
 
 
 def test_spread_starts_cover_the_model_evenly() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -110,6 +112,16 @@ def test_certificate_of_clp_names_the_exact_optimum_and_no_negative_difference(s
     assert found["num_starts"] == 3
 
 
+def test_clp_goes_on_with_the_exact_optimum_where_the_gate_missed_it() -> None:
+    far_away = replace(SETTINGS, num_starts=1, initial_start=0.0, gate_blocks=1)
+    result = SEARCHES["clp"].find(planted(start=5), tokens(4), 2, far_away, 0)
+    found = result.details["certificate"]
+    assert result.segment == Segment(5, 7, 8)
+    assert (found["exact_start"], found["num_starts_at_optimum"]) == (5, 0)
+    assert found["gate_start"] in (0, 1)
+    assert found["difference_kl_nats"]["value"] > 1e-3
+
+
 def test_certificate_counts_the_starts_at_the_optimum() -> None:
     scores = WindowScores((0, 1, 2), 2, torch.tensor([[3.0, 3.0], [1.0, 2.0], [2.0, 4.0]]), 8)
     found = certificate(scores, 2, [2, 2, 0])
@@ -120,9 +132,11 @@ def test_certificate_counts_the_starts_at_the_optimum() -> None:
 
 def test_gate_takes_its_best_end_only() -> None:
     result = found_by("gate", find_layers(tiny("llama")))
-    ends = result.details["gate"]["ends"]
-    assert {str(end) for end in ends} <= set(result.scores)
-    assert result.segment.start == min(ends, key=lambda start: result.scores[str(start)]["kl_nats"])
+    gate, kl = result.details["gate"], {int(start): row["kl_nats"] for start, row in result.scores.items()}
+    beside = [(math.floor(a), math.ceil(a)) for a in gate["starts"][-1]]
+    assert set(kl) == {start for pair in beside for start in pair}
+    assert gate["ends"] == [min(pair, key=lambda start: kl[start]) for pair in beside]
+    assert result.segment.start == min(gate["ends"], key=lambda start: kl[start])
 
 
 def test_last_takes_the_last_layers() -> None:

@@ -33,8 +33,6 @@ from layerscalpel.layers import Decoder, Step, device_of, head_logits, hidden_at
 from layerscalpel.losses import kl_to_parent, log_probabilities, token_chunks
 from layerscalpel.progress import track
 
-ADAM_BETAS = (0.5, 0.9)
-"""Short memories: with Adam's own (0.9, 0.999) the early, steep gradients freeze or overrun the later, flat ones."""
 OPEN = 1e-7
 """A gate closer to 1 than this changes no float32 hidden state."""
 
@@ -94,7 +92,7 @@ def learn_starts(
         lr: Adam's learning rate at the first step, in layers.
     """
     start_S = torch.tensor(list(initial), dtype=torch.float64, device=_float64_device(decoder), requires_grad=True)
-    adam = torch.optim.Adam([start_S], lr=lr, betas=ADAM_BETAS)
+    adam = torch.optim.Adam([start_S], lr=lr)
     first, last = steepness
     path = GatePath([start_S.tolist()], [], [])
     frozen = [parameter for parameter in decoder.model.parameters() if parameter.requires_grad]

@@ -29,7 +29,7 @@ def with_error(measured: dict[str, float] | None, digits: int = 3, percent: bool
     """Return `value ± standard error`, or a dash where nothing was measured."""
     if measured is None:
         return "-"
-    value, error = measured["value"], measured["se"]
+    value, error, unit = measured["value"], measured["se"], ""
     if percent:
-        return f"{100 * value:.1f} ± {100 * error:.1f} %"
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+        value, error, digits, unit = 100 * value, None if error is None else 100 * error, 1, " %"
+    return f"{value:.{digits}f} ± {'unknown' if error is None else f'{error:.{digits}f}'}{unit}"
