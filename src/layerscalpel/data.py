@@ -1,4 +1,4 @@
-"""Named text sources become packed token blocks in disjoint parts: calibration | evaluation | healing.
+"""Named text sources become packed token blocks in disjoint parts: evaluation | calibration | healing.
 
 A source yields records: `text`, or `instruction`/`input`/`output`, or `messages`. Documents are drawn in one seeded
 order; each goes to one part only, also where two parts name the same source or two sources hold the same text.
@@ -110,11 +110,12 @@ def prepare_blocks(
     if tokenizer is None:
         raise UserError("the checkpoint has no tokenizer, so no text can be read - add its tokenizer files")
     drawer = _Drawer(seed)
-    calibration = _text_part(
-        "calibration", settings.calibration, drawer, tokenizer, settings.block_tokens, num_calibration
-    )
+    # Evaluation is drawn first: runs that differ in search or healing are measured on the same text.
     evaluation = _text_part(
         "evaluation", settings.evaluation, drawer, tokenizer, settings.block_tokens, settings.evaluation_blocks
+    )
+    calibration = _text_part(
+        "calibration", settings.calibration, drawer, tokenizer, settings.block_tokens, num_calibration
     )
     healing = validation = None
     if heal:
