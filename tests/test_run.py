@@ -105,7 +105,7 @@ def test_a_finished_run_prints_its_table_without_torch(finished: Path, world: Pa
 
 
 def test_json_output_is_results_json(finished: Path, world: Path, capsys) -> None:
-    assert scalpel(world, "run", "finished", "--json") == 0
+    assert scalpel(world, "run", "finished", "--json", verify=True) == 0
     assert json.loads(capsys.readouterr().out) == results_of(finished)
 
 
@@ -142,6 +142,28 @@ def test_redo_takes_other_settings_and_drops_what_followed(world: Path) -> None:
     assert results["search"]["method"] == "last"
     assert results["segment"] == [6, 8]
     assert "heal" not in results
+
+
+def test_a_refused_redo_leaves_what_is_finished(world: Path) -> None:
+    assert scalpel(world, "run", "kept", "--until", "heal") == 0
+    before = results_of(world / "kept")
+    assert scalpel(world, "run", "kept", "--until", "heal", "--redo", "heal", "--layers", "3") == 2
+    assert results_of(world / "kept") == before
+    assert (world / "kept" / "heal" / "done.json").is_file()
+
+
+def test_an_unproven_cut_is_not_taken_for_a_proven_one(world: Path, capsys) -> None:
+    assert scalpel(world, "run", "unproven", "--until", "cut") == 0
+    assert "not proven" in capsys.readouterr().out
+    assert scalpel(world, "run", "unproven", "--until", "cut", verify=True) == 2
+    assert "cut.verify: False -> True" in capsys.readouterr().err
+
+
+def test_evaluation_text_does_not_depend_on_the_search(world: Path) -> None:
+    assert scalpel(world, "run", "few", "--until", "evaluate", "--search", "last") == 0
+    assert scalpel(world, "run", "many", "--until", "evaluate", "--set", "search.gate_blocks=20") == 0
+    texts = {results_of(world / name)["data"]["evaluation"]["sha256"] for name in ("few", "many")}
+    assert len(texts) == 1
 
 
 def test_a_given_segment_skips_the_search(world: Path) -> None:

@@ -39,13 +39,19 @@ def cut_alone(config: Config, out: Path, *, verify: bool) -> dict[str, Any]:
 
 def measure_alone(stage: str, config: Config, out: Path) -> dict[str, Any]:
     """Evaluate or benchmark one model that has no parent; write OUT/results.json and return it."""
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"folder {out} already holds files - choose another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} already holds files - choose another --out")
+    (out / stage).mkdir(parents=True, exist_ok=True)
     peek(config.model.name, trust_remote_code=config.model.trust_remote_code)
     for source in (config.data.calibration, config.data.evaluation):
         find_source(source)
     with waiting(f"loading {config.model.name}"):
-        loaded = load_decoder(config.model.name, device=config.model.device, dtype=config.model.dtype)
+        loaded = load_decoder(
+            config.model.name,
+            device=config.model.device,
+            dtype=config.model.dtype,
+            trust_remote_code=config.model.trust_remote_code,
+        )
     if stage == "benchmark":
         found = benchmark({"model": loaded.model}, config.benchmark, seed=config.seed)
     else:
@@ -59,7 +65,6 @@ def measure_alone(stage: str, config: Config, out: Path) -> dict[str, Any]:
         )
         found = {"model": figures.to_dict() | {"samples": samples}}
     results = {"model": _sizes(loaded.model, loaded.origin), stage: found}
-    (out / stage).mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", results)
     write_json(out / stage / "done.json", {"result": found})
     return results

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 a mistake the user can mend, 1 a defect, 130 interrupted (
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -27,7 +28,7 @@ from layerscalpel.config import (
 )
 from layerscalpel.errors import UserError, suggest
 from layerscalpel.progress import say, set_quiet
-from layerscalpel.rundir import STAGES, finished_results
+from layerscalpel.rundir import STAGES, finished_results, read_json
 from layerscalpel.summary import summary_rows
 
 FLAGS: dict[str, tuple[str, type]] = {
@@ -64,7 +65,7 @@ def build_parser() -> Parser:
     _no_verify(run)
     for name, sentence in (
         ("search", "find the segment and stop there"),
-        ("heal", "heal the seam of a run directory, or of a checkpoint that `scalpel cut` wrote"),
+        ("heal", "heal the seam of a run directory, or cut anew what `scalpel cut` cut and heal it"),
         ("evaluate", "measure a run directory's models, or one model alone"),
         ("benchmark", "time a run directory's models, or one model alone"),
         ("report", "write report and model card of a run directory again"),
@@ -85,7 +86,11 @@ def build_parser() -> Parser:
 
 def _command(commands: Any, name: str, sentence: str, target: str) -> Parser:
     command = commands.add_parser(name, help=sentence, description=sentence)
-    command.add_argument("target", metavar=target, help="hub id, checkpoint folder, .gguf file, demo, or run directory")
+    command.add_argument(
+        "target",
+        metavar=target,
+        help="hub id, checkpoint folder, .gguf file, or demo" + ("" if target == "MODEL" else "; or a run directory"),
+    )
     for flag, (key, section) in FLAGS.items():
         command.add_argument(flag, dest=key, metavar="X", help=sentences(section)[key.rpartition(".")[2]])
     command.add_argument("--trust-remote-code", action="store_true", help=sentences(ModelSettings)["trust_remote_code"])
@@ -105,23 +110,26 @@ def _no_verify(command: Parser) -> None:
     )
 
 
-def settings_of(arguments: argparse.Namespace, base: Sequence[dict[str, Any]] = ()) -> Config:
-    """Return the settings of a command: a base, the recipe, --set, and the flags, later ones winning."""
-    layers = list(base)
-    if arguments.recipe:
-        layers.append(recipe(arguments.recipe))
-    layers.append(dict(parse_assignment(text) for text in arguments.assignments))
+def settings_of(arguments: argparse.Namespace, base: dict[str, Any] | None = None, **fixed: Any) -> Config:
+    """Return the settings of a command: a run's own, the recipe, then --set and the flags, then what is fixed.
+
+    `fixed` maps section__name to what the command itself names: its model, a checkpoint's segment.
+    """
+    below = (base or {}) | (recipe(arguments.recipe) if arguments.recipe else {})
     given = {key: getattr(arguments, key) for key, _ in FLAGS.values() if getattr(arguments, key) is not None}
     texts = {"target.segment", "data.calibration", "data.healing", "data.evaluation"}
-    layers.append({k: v if k in texts else parse_assignment(f"{k}={v}")[1] for k, v in given.items()})
-    targets = [key for key in given if key.startswith("target.")]
-    if targets:  # a flag replaces whatever kind of target the recipe has
-        for layer in layers[:-1]:
-            for key in ("target.rate", "target.layers", "target.segment"):
-                layer.pop(key, None)
+    above = dict(parse_assignment(text) for text in arguments.assignments)
+    above |= {k: v if k in texts else parse_assignment(f"{k}={v}")[1] for k, v in given.items()}
     if arguments.trust_remote_code:
-        layers.append({"model.trust_remote_code": True})
-    return build_config(layers)
+        above["model.trust_remote_code"] = True
+    if getattr(arguments, "no_verify", False):
+        above["cut.verify"] = False
+    named = {key.replace("__", "."): value for key, value in fixed.items()}
+    if twice := sorted(set(above) & set(named)):
+        raise UserError(f"{', '.join(twice)} is given twice, by TARGET and by --set or a flag - leave one out")
+    if any(key.startswith("target.") for key in above | named):  # replaces whatever kind of target the recipe has
+        below = {key: value for key, value in below.items() if not key.startswith("target.")}
+    return build_config([below, above, named])
 
 
 def default_out(model: str) -> Path:
@@ -141,9 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"scalpel: {line}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno != 28:  # ENOSPC
-            raise
-        print("scalpel: no space left on the device - free some or choose another --out", file=sys.stderr)
+        what = "no space left on the device" if error.errno == errno.ENOSPC else f"{error.strerror}: {error.filename}"
+        print(f"scalpel: {what} - mend that, or choose another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("scalpel: interrupted - the same command goes on from the last finished step", file=sys.stderr)
@@ -156,17 +163,17 @@ def run_command(arguments: argparse.Namespace) -> None:
     for name in (arguments.until, arguments.redo):
         if name is not None and name not in STAGES:
             raise UserError(f"there is no stage '{name}'{suggest(name, STAGES)}")
-    config = settings_of(arguments, [{"model.name": arguments.target}])
-    _go(config, arguments, until=arguments.until, redo=arguments.redo, verify=not arguments.no_verify)
+    config = settings_of(arguments, model__name=arguments.target)
+    _go(config, arguments, until=arguments.until, redo=arguments.redo)
 
 
-def _go(config: Config, arguments: argparse.Namespace, *, until: str | None, redo: str | None, verify: bool) -> None:
+def _go(config: Config, arguments: argparse.Namespace, *, until: str | None, redo: str | None) -> None:
     out = Path(arguments.out) if arguments.out else default_out(config.model.name)
     results = finished_results(out, config, until, redo)
     if results is None:
         from layerscalpel.run import run  # torch and transformers take seconds to import
 
-        results = run(config, out, until=until or "report", redo=redo, verify=verify)
+        results = run(config, out, until=until or "report", redo=redo)
     else:
         say(f"{out} is finished; nothing to do")
     show(results, out, arguments.json)
@@ -189,29 +196,29 @@ def stage_command(arguments: argparse.Namespace) -> None:
     stage, target = arguments.command, Path(arguments.target)
     if (target / "config.yaml").is_file():
         arguments.out = arguments.out or str(target)
-        config = settings_of(arguments, [recipe(target / "config.yaml")])
-        _go(config, arguments, until=stage, redo=stage if Path(arguments.out) == target else None, verify=True)
+        config = settings_of(arguments, recipe(target / "config.yaml"))
+        _go(config, arguments, until=stage, redo=stage if Path(arguments.out) == target else None)
     elif stage == "search":
-        _go(settings_of(arguments, [{"model.name": arguments.target}]), arguments, until=stage, redo=None, verify=True)
+        _go(settings_of(arguments, model__name=arguments.target), arguments, until=stage, redo=None)
     elif stage in ("evaluate", "benchmark"):
         from layerscalpel.alone import measure_alone
 
-        config = settings_of(arguments, [{"model.name": arguments.target}])
+        config = settings_of(arguments, model__name=arguments.target)
         out = Path(arguments.out) if arguments.out else default_out(config.model.name)
         show(measure_alone(stage, config, out), out, arguments.json)
     elif stage == "heal" and (target / "layerscalpel.json").is_file():
-        history = json.loads((target / "layerscalpel.json").read_text(encoding="utf-8"))
+        history = read_json(target / "layerscalpel.json")
         segment = ":".join(map(str, history["segment"]))
-        config = settings_of(arguments, [{"model.name": history["parent"], "target.segment": segment}])
+        config = settings_of(arguments, model__name=history["parent"], target__segment=segment)
         arguments.out = arguments.out or str(default_out(target.name))
-        _go(config, arguments, until=stage, redo=None, verify=True)
+        _go(config, arguments, until=stage, redo=None)
     else:
         raise UserError(f"{target} is no run directory - make one with: scalpel run MODEL --out DIR")
 
 
 def cut_command(arguments: argparse.Namespace) -> None:
     """`scalpel cut`: just the surgery."""
-    config = settings_of(arguments, [{"model.name": arguments.target}])
+    config = settings_of(arguments, model__name=arguments.target)
     if not config.target.segment or not arguments.out:
         raise UserError("scalpel cut needs --segment START:STOP and --out DIR, as --segment 13:19 --out cut")
     out = Path(arguments.out)
@@ -219,7 +226,7 @@ def cut_command(arguments: argparse.Namespace) -> None:
         raise UserError(f"{out} already holds files - choose another --out or remove it")
     from layerscalpel.alone import cut_alone
 
-    found = cut_alone(config, out, verify=not arguments.no_verify)
+    found = cut_alone(config, out, verify=config.cut.verify)
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
@@ -230,9 +237,10 @@ def cut_command(arguments: argparse.Namespace) -> None:
 
 def compare_command(arguments: argparse.Namespace) -> None:
     """`scalpel compare`: the final rows of several runs side by side."""
-    from layerscalpel.rundir import read_json
-
     runs = {name: read_json(Path(name) / "results.json") for name in arguments.targets}
+    texts = {r.get("data", {}).get("evaluation", {}).get("sha256") for r in runs.values()} - {None}
+    if len(texts) > 1:
+        say("these runs were measured on different held-out text: their figures are not comparable")
     if arguments.json:
         print(json.dumps({name: summary_rows(results) for name, results in runs.items()}, indent=2))
         return
@@ -261,9 +269,11 @@ def methods_command(_arguments: argparse.Namespace) -> None:
     from layerscalpel.data import SOURCES
     from layerscalpel.heal import HEALERS
     from layerscalpel.search import SEARCHES
+    from layerscalpel.stitch import STITCHES
 
     tables: dict[str, list[tuple[str, str, str]]] = {
         "search (--search)": [(name, row.sentence, row.paper) for name, row in SEARCHES.items()],
+        "stitch (stitch.method)": [(name, *row) for name, row in STITCHES.items()],
         "heal (heal.method)": [(name, row.sentence, row.paper) for name, row in HEALERS.items()],
         "text sources (--calibration, --healing, --evaluation)": [(n, row.sentence, "") for n, row in SOURCES.items()],
     }

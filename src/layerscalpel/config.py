@@ -124,6 +124,14 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
+class CutSettings:
+    """The surgery."""
+
+    verify: bool = True
+    """Prove the cut checkpoint in a fresh process; without it the model card says so."""
+
+
+@dataclass(frozen=True)
 class StitchSettings:
     """Repair without training."""
 
@@ -197,11 +205,12 @@ class Config:
     target: TargetSettings = TargetSettings()
     data: DataSettings = DataSettings()
     search: SearchSettings = SearchSettings()
+    cut: CutSettings = CutSettings()
     stitch: StitchSettings = StitchSettings()
     heal: HealSettings = HealSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
-    seed: int = bounded(0, 0)
+    seed: int = bounded(0, 0, 2**31 - 1)
     """Seed of shuffling, random token ids and initialisation."""
 
 
@@ -280,6 +289,8 @@ def build_config(layers: Sequence[Mapping[str, Any]]) -> Config:
         except UserError as error:
             findings.append(str(error))
     findings += _target_findings(config.target)
+    if config.search.initial_start is not None and config.search.num_starts != 1:
+        findings.append("search.initial_start is for a single start - add search.num_starts=1, or leave it out")
     if findings:
         raise UserError("\n".join(findings))
     return config

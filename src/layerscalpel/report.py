@@ -184,6 +184,7 @@ def proof_sentence(proof: dict[str, Any] | None) -> str:
         f" ({proof['kind']}, {proof['dtype']} on {proof['device']}) and its logits compared with those of the parent"
         f" with the segment bypassed: {'they are equal bit for bit' if proof['logits_equal'] else differ}."
         f" Greedy tokens with a cache are {'equal to' if proof['generation_equal'] else 'NOT'} those without."
+        " A healed checkpoint is not part of the proof; it was loaded from disk to be measured."
     )
 
 

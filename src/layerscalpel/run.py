@@ -20,9 +20,7 @@ from layerscalpel.rundir import RunDir, provenance, stages_until, write_json
 from layerscalpel.segment import Segment
 
 
-def run(
-    config: Config, out: str | Path, *, until: str = "report", redo: str | None = None, verify: bool = True
-) -> dict[str, Any]:
+def run(config: Config, out: str | Path, *, until: str = "report", redo: str | None = None) -> dict[str, Any]:
     """Run the stages that are not finished yet, up to `until`, and return the contents of results.json.
 
     Args:
@@ -30,7 +28,6 @@ def run(
         out: the run directory.
         until: the last stage to run.
         redo: run this stage and all after it again.
-        verify: prove the cut checkpoint in a fresh process.
 
     Raises:
         UserError: a mistake the user can mend; what is finished stays.
@@ -47,7 +44,7 @@ def run(
         say(f"{'searched' if 'method' in found else 'given'}: {segment}")
 
         steps = {
-            "cut": partial(stages.cut, bench, segment, verify=verify),
+            "cut": partial(stages.cut, bench, segment),
             "stitch": partial(stages.stitch, bench, segment),
             "heal": partial(stages.heal, bench, segment),
             "evaluate": partial(stages.evaluate, bench),
@@ -55,7 +52,7 @@ def run(
         }
         for name in [stage for stage in wanted if stage in steps]:
             folder.stage(name, steps[name])
-        origin = provenance(config, began, time.time() - began) | stages.peak_memory()
+        origin = provenance(config, folder, began) | stages.peak_memory(folder.earlier())
         write_json(folder.path / "provenance.json", origin)
         if "report" in wanted:
             folder.stage("report", partial(stages.report, bench, folder.results(), origin))

@@ -28,7 +28,7 @@ from layerscalpel.errors import UserError
 
 STAGES: dict[str, tuple[str, ...]] = {
     "search": ("model", "target", "data", "search", "seed"),
-    "cut": ("model",),
+    "cut": ("cut",),
     "stitch": ("stitch",),
     "heal": ("heal",),
     "evaluate": ("evaluate",),
@@ -54,8 +54,11 @@ def read_json(path: Path) -> Any:
         UserError: it is not there or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no object")
+        return content
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}) - is this a run directory? `scalpel run` makes one"
         ) from error
@@ -81,8 +84,10 @@ def fingerprints(config: Config) -> dict[str, str]:
     inputs = [file_identity(n) for n in (config.model.name, *map(str, _sources(config)))]
     chain, result = json.dumps(inputs), {}
     for stage, sections in STAGES.items():
-        chain = hashlib.sha256((chain + json.dumps([settings[name] for name in sections])).encode()).hexdigest()
+        before = result["heal"] if stage == "benchmark" else chain  # it does not depend on evaluate
+        chain = hashlib.sha256((before + json.dumps([settings[name] for name in sections])).encode()).hexdigest()
         result[stage] = chain
+    result["report"] = hashlib.sha256((result["evaluate"] + result["benchmark"]).encode()).hexdigest()
     return result
 
 
@@ -104,9 +109,8 @@ class RunDir:
         self._refuse_foreign()
         self._lock = self._locked()
         stale = stages_from(redo) if redo else []
-        for stage in stale:
-            (self.path / stage / "done.json").unlink(missing_ok=True)
-        self._refuse_other_settings()
+        self._refuse_other_settings(stale)
+        self._remove(stale)
         (self.path / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
     def _refuse_foreign(self) -> None:
@@ -131,8 +135,18 @@ class RunDir:
             ) from error
         return lock
 
-    def _refuse_other_settings(self) -> None:
-        other = next((s for s in STAGES if (d := self.done(s)) and d["fingerprint"] != self.fingerprints[s]), None)
+    def _remove(self, stale: list[str]) -> None:
+        """Remove what is to be redone, checkpoints and pages too: nothing of it may look finished."""
+        for stage in stale:
+            shutil.rmtree(self.path / stage, ignore_errors=True)
+        if stale:
+            for page in ("report.html", "README.md"):
+                (self.path / page).unlink(missing_ok=True)
+            write_json(self.path / "results.json", self.results())
+
+    def _refuse_other_settings(self, stale: list[str]) -> None:
+        kept = [stage for stage in STAGES if stage not in stale]
+        other = next((s for s in kept if (d := self.done(s)) and d["fingerprint"] != self.fingerprints[s]), None)
         if other is None:
             return
         before = yaml.load((self.path / "config.yaml").read_text(encoding="utf-8"), YamlLoader)
@@ -181,6 +195,11 @@ class RunDir:
         """Return the contents of results.json: what the finished stages found."""
         return collect(self.path)
 
+    def earlier(self) -> dict[str, Any]:
+        """Return the provenance that an earlier call left, or nothing."""
+        path = self.path / "provenance.json"
+        return read_json(path) if path.exists() else {}
+
     def close(self) -> None:
         """Let other processes in."""
         self._lock.close()
@@ -216,9 +235,9 @@ def stages_until(last: str) -> list[str]:
 
 
 def stages_from(first: str) -> list[str]:
-    """Return `first` and the stages after it."""
+    """Return `first` and the stages that depend on it."""
     names = list(STAGES)
-    return names[names.index(first) :]
+    return [first, "report"] if first == "evaluate" else names[names.index(first) :]
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
@@ -233,8 +252,8 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
     return found
 
 
-def provenance(config: Config, started: float, wall_s: float) -> dict[str, Any]:
-    """Return versions, platform and times of a run."""
+def provenance(config: Config, folder: RunDir, started: float) -> dict[str, Any]:
+    """Return versions and platform, when the run was first started, and the sum of its stages' seconds."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -248,8 +267,8 @@ def provenance(config: Config, started: float, wall_s: float) -> dict[str, Any]:
         **versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "wall_s": round(wall_s, 1),
+        "started": folder.earlier().get("started") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "wall_s": round(sum(done["result"]["wall_s"] for stage in STAGES if (done := folder.done(stage))), 1),
         "seed": config.seed,
         "settings": asdict(config.model),
     }

