@@ -4,8 +4,22 @@ Measured on two busy cores: tests/test_layers.py takes 11 s on one thread and 17
 """
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the fresh processes too
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the default tier is the CPU's, wherever it runs
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with a tiny checkpoint, texts and a recipe, for one file of tests."""
+    from world import write_model, write_recipe, write_texts  # after the settings above, which torch reads on import
+
+    folder = tmp_path_factory.mktemp("world")
+    write_model(folder / "model")
+    write_recipe(folder / "recipe.yaml", write_texts(folder / "texts.jsonl"))
+    return folder

@@ -7,18 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from world import write_model, write_recipe, write_texts
 
 from layerscalpel import decoder
 from layerscalpel.cli import main
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    write_model(folder / "model")
-    write_recipe(folder / "recipe.yaml", write_texts(folder / "texts.jsonl"))
-    return folder
 
 
 def refused(capsys, *argv: object) -> str:

@@ -10,19 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from world import write_model, write_recipe, write_texts
 
 from layerscalpel import heal, stages
 from layerscalpel.cli import main
 from layerscalpel.rundir import STAGES
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    write_model(folder / "model")
-    write_recipe(folder / "recipe.yaml", write_texts(folder / "texts.jsonl"))
-    return folder
 
 
 @pytest.fixture(scope="module")
