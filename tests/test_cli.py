@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import SameProcess, names
 
-from layerscalpel import decoder
+from layerscalpel import checkpoint, shards
 from layerscalpel.cli import main
 
 
@@ -26,6 +27,8 @@ def refused(capsys, *argv: object) -> str:
         (("--search", "exakt"), "did you mean 'exact'?"),
         (("--set", "serach.method=exact"), "unknown setting 'serach.method' - did you mean"),
         (("--set", "heal.objective=mse"), "heal.objective=mse is unknown"),
+        (("--set", "cut.proof=part"), "cut.proof=part is unknown - did you mean 'parts'?"),
+        (("--set", "cut.proof_minutes=-1"), "cut.proof_minutes=-1 is out of range - allowed: 0.0 or more"),
         (("--rate", "1.2"), "rate 1.2 is not between 0 and 1"),
         (("--rate", "much"), "target.rate='much' is not a number"),
         (("--rate", "0.95"), "at least 2 must stay, so remove at most 6"),
@@ -73,6 +76,27 @@ def test_cut_needs_segment_and_out(world: Path, capsys) -> None:
     assert "needs --segment START:STOP and --out DIR" in refused(capsys, "cut", world / "model")
 
 
+@pytest.mark.parametrize(
+    ("segment", "expected"),
+    [
+        ("3:12", "segment 3:12 does not lie in this model's layers"),
+        ("5:3", "segment 5:3 does not lie in this model's layers"),
+        ("2:2", "segment 2:2 does not lie in this model's layers"),
+        ("0:8", "segment 0:8 leaves 0 of 8 layers"),
+        ("1:8", "segment 1:8 leaves 1 of 8 layers - at least 2 must stay, so remove at most 6"),
+        ("-1:3", "segment '-1:3' is no START:STOP"),
+        ("3", "segment '3' is no START:STOP"),
+        ("2:4,5:6", "segment '2:4,5:6' is no START:STOP"),
+    ],
+)
+def test_segments_that_cannot_be_cut(world: Path, capsys, segment: str, expected: str) -> None:
+    before = names(world)
+    said = refused(capsys, "cut", world / "model", f"--segment={segment}", "--out", world / "nowhere")
+    assert expected in said
+    assert len(said.splitlines()) == 1
+    assert names(world) == before
+
+
 def test_cut_does_not_overwrite(world: Path, capsys) -> None:
     said = refused(capsys, "cut", world / "model", "--segment", "1:2", "--out", world / "model")
     assert "already holds files" in said
@@ -82,11 +106,12 @@ def test_a_full_disk_ends_with_one_line(world: Path, capsys, monkeypatch) -> Non
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(decoder, "_write_checkpoint", full)
-    out = world / "full"
-    said = refused(capsys, "cut", world / "model", "--segment", "1:2", "--out", out)
-    assert "no space left" in said
-    assert not out.exists()
+    monkeypatch.setattr(shards, "_write_shard", full)
+    monkeypatch.setattr(checkpoint, "Witness", SameProcess)
+    out, before = world / "full", names(world)
+    said = refused(capsys, "cut", world / "model", "--segment", "1:2", "--out", out, "--no-verify", "--quiet")
+    assert said == f"scalpel: no space left while writing {out} - free some or choose another --out\n"
+    assert names(world) == before
 
 
 def test_another_process_in_the_folder_is_noticed(world: Path, capsys) -> None:

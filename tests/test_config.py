@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from layerscalpel.config import Config, build_config, parse_assignment, recipe, to_dict
-from layerscalpel.errors import UserError
+from layerscalpel.errors import UserError, suggest
 
 
 def complaint(*layers: dict) -> str:
@@ -101,3 +101,8 @@ def test_no_recipe_is_explained(tmp_path, content: str) -> None:
 def test_a_missing_recipe_is_explained(tmp_path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         recipe(tmp_path / "nothing.yaml")
+
+
+def test_a_near_word_is_suggested():
+    assert suggest("exat", ["gate", "exact"]) == " - did you mean 'exact'?"
+    assert suggest("zzzz", ["gate", "exact"]) == " - allowed: exact, gate"

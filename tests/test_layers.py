@@ -7,15 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, tiny, tokens
+from families import COMMON, FAMILIES, tiny, tokens
 from torch import nn
-from transformers import LlamaConfig
+from transformers import AutoConfig, BartConfig, GPT2Config, LlamaConfig, MllamaForCausalLM, PreTrainedConfig
 
 from layerscalpel import layers
 from layerscalpel.errors import UserError
 from layerscalpel.layers import (
     Decoder,
     bypass,
+    count_field,
     find_layer_list,
     find_layers,
     head_logits,
@@ -28,7 +29,9 @@ from layerscalpel.layers import (
 )
 from layerscalpel.segment import Segment
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize(
+    "family", [*FAMILIES, "jamba", "lfm2"]
+)  # the last two have layers of two classes
 PATHS = {
     "gpt2": "transformer.h",
     "bloom": "transformer.h",
@@ -106,9 +109,20 @@ def test_layers_are_found(family):
 
 
 def test_no_list_of_that_length_is_refused_with_a_listing():
-    model = Toy(blocks=[nn.ReLU(), nn.ReLU()], mixed=[nn.ReLU(), nn.ReLU(), nn.GELU()])
-    with pytest.raises(UserError, match=r"no lists of 3 equal decoder layers in Toy .* \(2 x ReLU\), mixed \(3 x"):
+    model = Toy(blocks=[nn.ReLU(), nn.ReLU()], experts=[nn.ReLU(), nn.ReLU(), nn.GELU(), nn.GELU()])
+    said = r"no lists of 3 decoder layers in Toy - found: blocks \(2 x ReLU\), experts \(4 x GELU/ReLU\) - this model"
+    with pytest.raises(UserError, match=said):
         find_layers(model)
+
+
+def test_layers_may_be_of_several_classes_but_a_list_of_one_class_is_preferred():
+    mixed = [nn.ReLU(), nn.ReLU(), nn.GELU()]
+    assert find_layer_list(Toy(few=[nn.ReLU()] * 2, blocks=mixed))[0] == "blocks"
+    assert find_layer_list(Toy(norms=mixed, blocks=three(nn.ReLU)))[0] == "blocks"
+    with pytest.raises(
+        UserError, match=r"several lists of 3 decoder layers .* a \(3 x GELU/ReLU\), b \(3 x GELU/ReLU\)"
+    ):
+        find_layer_list(Toy(a=mixed, b=mixed))
 
 
 def test_no_list_at_all_is_said():
@@ -126,9 +140,55 @@ def test_lists_inside_layers_are_not_taken_for_the_layers():
 
 
 def test_a_config_without_a_layer_count_is_refused():
-    config = SimpleNamespace(model_type="odd", get_text_config=lambda decoder: SimpleNamespace())
+    config = SimpleNamespace(model_type="odd", get_text_config=lambda decoder: PreTrainedConfig())
     with pytest.raises(UserError, match="type 'odd' states no number of decoder layers"):
         num_layers_of(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (LlamaConfig(num_hidden_layers=7), "num_hidden_layers"),
+        (GPT2Config(n_layer=7), "n_layer"),
+        (BartConfig(decoder_layers=7, encoder_layers=5, is_encoder_decoder=False), "decoder_layers"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_the_count_of_the_decoder_is_read_under_the_name_of_its_family(config, field):
+    assert count_field(config) == field
+    assert num_layers_of(config) == 7
+
+
+def test_what_layers_of_several_classes_return_is_known_of_each():
+    decoder = decoder_of("jamba")
+    assert len({type(layer) for layer in decoder.layers}) == 2
+    assert len(decoder.returns) == 8
+    with bypass(decoder, Segment(0, 6, 8)):
+        assert torch.isfinite(logits_of(decoder, tokens())).all()
+
+
+def test_layers_that_text_alone_does_not_reach_are_refused():
+    config = AutoConfig.for_model("mllama_text_model", **COMMON, cross_attention_layers=[2, 5])
+    said = "MllamaCrossAttentionDecoderLayer of MllamaForCausalLM take no part in a forward of text alone"
+    with pytest.raises(UserError, match=said):
+        find_layers(MllamaForCausalLM(config).eval())
+
+
+def test_layers_that_read_the_keys_of_others_are_refused():
+    with pytest.raises(UserError, match="layers of Gemma3nForCausalLM read the keys and values of other layers"):
+        find_layers(tiny("gemma3n_text"))
+
+
+def test_hidden_states_of_several_streams_are_found_but_not_searched():
+    decoder = find_layers(tiny("gemma3n_text", num_kv_shared_layers=0))
+    assert decoder.hidden_dims == 4
+    said = r"pass on 4-dimensional hidden states, not \[B, T, D\] - it can be cut at a given segment \(scalpel cut\)"
+    with pytest.raises(UserError, match=said):
+        hidden_at(decoder, tokens(), 3)
+    with pytest.raises(UserError, match=said), replay(decoder, lambda _i, _hidden, _step: None):
+        pass
+    with pytest.raises(UserError, match=said), inject(decoder, 3, torch.zeros(3, 16, 32)):
+        pass
 
 
 def test_finding_leaves_the_model_alone():

@@ -1,4 +1,4 @@
-"""One stage on one model, without a run: cut, measure, describe."""
+"""One stage on one model, without a run: cut, measure."""
 
 from __future__ import annotations
 
@@ -6,33 +6,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from layerscalpel import evaluate as quality
 from layerscalpel.benchmark import benchmark
-from layerscalpel.config import Config
-from layerscalpel.cut import cut_config
+from layerscalpel.card import model_card
+from layerscalpel.checkpoint import cut_checkpoint
+from layerscalpel.config import Config, to_dict
 from layerscalpel.data import find_source, prepare_blocks
-from layerscalpel.decoder import DTYPES, Origin, load_decoder, num_parameters, peek, weight_bytes
+from layerscalpel.decoder import load_decoder, num_parameters, weight_bytes
 from layerscalpel.errors import UserError
-from layerscalpel.layers import find_layer_list, find_layers
+from layerscalpel.layers import find_layers
+from layerscalpel.origin import Origin, peek
 from layerscalpel.progress import waiting
-from layerscalpel.rundir import write_json
-from layerscalpel.segment import Segment, parse_segment
-from layerscalpel.stages import cut_checkpoint
+from layerscalpel.rundir import software, write_json
+from layerscalpel.segment import parse_segment
 
 
-def cut_alone(config: Config, out: Path, *, verify: bool) -> dict[str, Any]:
+def cut_alone(config: Config, out: Path) -> dict[str, Any]:
     """Write MODEL without the segment as a plain checkpoint into `out`; return sizes, changes and proof."""
     model = config.model
-    origin = peek(model.name, trust_remote_code=model.trust_remote_code)
+    origin = peek(
+        model.name,
+        trust_remote_code=model.trust_remote_code,
+        allow_pickle=model.allow_pickle,
+        allow_quantised=True,
+    )
     segment = parse_segment(config.target.segment or "", origin.num_layers)
-    with waiting(f"loading {model.name}"):
-        parent = load_decoder(
-            model.name, device=model.device, dtype=model.dtype, trust_remote_code=model.trust_remote_code
-        )
+
+    def card(parent: PreTrainedModel, found: dict[str, Any]) -> str:
+        results = {"parent": _sizes(parent, origin), "segment": [segment.start, segment.stop], "cut": found}
+        return model_card(results, to_dict(config), software())
+
     found = cut_checkpoint(
-        parent, find_layers(parent.model), segment, out, verify=verify, trust_remote_code=model.trust_remote_code
+        origin,
+        segment,
+        out,
+        device=model.device,
+        dtype=model.dtype,
+        proof=config.cut.proof,
+        minutes=config.cut.proof_minutes,
+        card=card,
     )
     return {"parent": model.name, "segment": [segment.start, segment.stop], "removed": str(segment), **found}
 
@@ -42,16 +56,13 @@ def measure_alone(stage: str, config: Config, out: Path) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already holds files - choose another --out")
     (out / stage).mkdir(parents=True, exist_ok=True)
-    peek(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    model = config.model
+    allowed = {"trust_remote_code": model.trust_remote_code, "allow_pickle": model.allow_pickle}
+    peek(model.name, **allowed)
     for source in (config.data.calibration, config.data.evaluation):
         find_source(source)
     with waiting(f"loading {config.model.name}"):
-        loaded = load_decoder(
-            config.model.name,
-            device=config.model.device,
-            dtype=config.model.dtype,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        loaded = load_decoder(model.name, device=model.device, dtype=model.dtype, **allowed)
     if stage == "benchmark":
         found = benchmark({"model": loaded.model}, config.benchmark, seed=config.seed)
     else:
@@ -76,32 +87,4 @@ def _sizes(model: torch.nn.Module, origin: Origin) -> dict[str, Any]:
         "num_layers": origin.num_layers,
         "parameters": num_parameters(model),
         "bytes": weight_bytes(model, origin.dtype),
-    }
-
-
-def describe(name: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Return what can be told of a model without its weights: layers, sizes, config fields that a cut would change."""
-    origin = peek(name, trust_remote_code=trust_remote_code)
-    place = Path(origin.place)
-    options = {"gguf_file": place.name} if origin.kind == "gguf" else {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(place.parent if origin.kind == "gguf" else origin.place, **options)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    path, layers = find_layer_list(model)
-    middle = origin.num_layers // 2
-    _, changes = cut_config(config, Segment(middle, middle + 1, origin.num_layers))
-    per_layer = num_parameters(layers[middle])
-    size = DTYPES[origin.dtype].itemsize
-    return {
-        "name": name,
-        "class": type(model).__name__,
-        "layers": f"{len(layers)} x {type(layers[0]).__name__} at {path}",
-        "num_layers": len(layers),
-        "parameters": num_parameters(model),
-        "parameters_per_layer": per_layer,
-        "dtype": origin.dtype,
-        "bytes": weight_bytes(model, origin.dtype),
-        "bytes_per_layer": per_layer * size,
-        "max_tokens": origin.max_tokens,
-        "config_fields_a_cut_changes": sorted(changes),
     }

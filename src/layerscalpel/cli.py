@@ -44,6 +44,8 @@ FLAGS: dict[str, tuple[str, type]] = {
     "--seed": ("seed", Config),
 }
 """Flags that are short for a setting; their help is the sentence under it."""
+PERMISSIONS = ("trust_remote_code", "allow_pickle")
+"""Flags that allow what a checkpoint may otherwise not do."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,7 +81,8 @@ def build_parser() -> Parser:
     inspect = commands.add_parser("inspect", help="layers, sizes, and what can be cut, without loading weights")
     inspect.add_argument("target", metavar="MODEL")
     inspect.add_argument("--json", action="store_true", help="print machine-readable output")
-    inspect.add_argument("--trust-remote-code", action="store_true", help=sentences(ModelSettings)["trust_remote_code"])
+    inspect.add_argument("--layers", metavar="N", help="try a cut of N layers at every place (default a fifth)")
+    _permissions(inspect)
     commands.add_parser("methods", help="the tables of methods with their papers")
     return parser
 
@@ -93,7 +96,7 @@ def _command(commands: Any, name: str, sentence: str, target: str) -> Parser:
     )
     for flag, (key, section) in FLAGS.items():
         command.add_argument(flag, dest=key, metavar="X", help=sentences(section)[key.rpartition(".")[2]])
-    command.add_argument("--trust-remote-code", action="store_true", help=sentences(ModelSettings)["trust_remote_code"])
+    _permissions(command)
     command.add_argument("--recipe", metavar="FILE", help="YAML file of settings")
     command.add_argument(
         "--set", dest="assignments", metavar="KEY=VALUE", action="append", default=[], help="any setting"
@@ -102,6 +105,11 @@ def _command(commands: Any, name: str, sentence: str, target: str) -> Parser:
     command.add_argument("--json", action="store_true", help="print machine-readable output")
     command.add_argument("--quiet", action="store_true", help="print the result only")
     return command
+
+
+def _permissions(command: Parser) -> None:
+    for name in PERMISSIONS:
+        command.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=sentences(ModelSettings)[name])
 
 
 def _no_verify(command: Parser) -> None:
@@ -120,10 +128,9 @@ def settings_of(arguments: argparse.Namespace, base: dict[str, Any] | None = Non
     texts = {"target.segment", "data.calibration", "data.healing", "data.evaluation"}
     above = dict(parse_assignment(text) for text in arguments.assignments)
     above |= {k: v if k in texts else parse_assignment(f"{k}={v}")[1] for k, v in given.items()}
-    if arguments.trust_remote_code:
-        above["model.trust_remote_code"] = True
+    above |= {f"model.{name}": True for name in PERMISSIONS if getattr(arguments, name)}
     if getattr(arguments, "no_verify", False):
-        above["cut.verify"] = False
+        above["cut.proof"] = "none"
     named = {key.replace("__", "."): value for key, value in fixed.items()}
     if twice := sorted(set(above) & set(named)):
         raise UserError(f"{', '.join(twice)} is given twice, by TARGET and by --set or a flag - leave one out")
@@ -140,6 +147,7 @@ def default_out(model: str) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours are rich's
+    arguments = argparse.Namespace(command="")
     try:
         arguments = build_parser().parse_args(argv)
         set_quiet(getattr(arguments, "quiet", False) or (getattr(arguments, "json", False) and not sys.stderr.isatty()))
@@ -153,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"scalpel: {what} - mend that, or choose another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("scalpel: interrupted - the same command goes on from the last finished step", file=sys.stderr)
+        goes_on = "nothing was written" if arguments.command == "cut" else "the same command goes on where it stopped"
+        print(f"scalpel: interrupted - {goes_on}", file=sys.stderr)
         return 130
     return 0
 
@@ -207,9 +216,10 @@ def stage_command(arguments: argparse.Namespace) -> None:
         out = Path(arguments.out) if arguments.out else default_out(config.model.name)
         show(measure_alone(stage, config, out), out, arguments.json)
     elif stage == "heal" and (target / "layerscalpel.json").is_file():
-        history = read_json(target / "layerscalpel.json")
-        segment = ":".join(map(str, history["segment"]))
-        config = settings_of(arguments, model__name=history["parent"], target__segment=segment)
+        from layerscalpel.checkpoint import parent_of
+
+        parent, segment = parent_of(target)
+        config = settings_of(arguments, model__name=parent, target__segment=segment)
         arguments.out = arguments.out or str(default_out(target.name))
         _go(config, arguments, until=stage, redo=None)
     else:
@@ -221,17 +231,17 @@ def cut_command(arguments: argparse.Namespace) -> None:
     config = settings_of(arguments, model__name=arguments.target)
     if not config.target.segment or not arguments.out:
         raise UserError("scalpel cut needs --segment START:STOP and --out DIR, as --segment 13:19 --out cut")
-    out = Path(arguments.out)
+    out = Path(arguments.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already holds files - choose another --out or remove it")
     from layerscalpel.alone import cut_alone
 
-    found = cut_alone(config, out, verify=config.cut.verify)
+    found = cut_alone(config, out)
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
         proof = found["proof"]
-        proven = f"proven in a {proof['kind']}" if proof else "not proven (--no-verify)"
+        proven = f"proven ({proof['kind']})" if proof else "not proven (--no-verify)"
         print(f"{found['removed']} removed, {found['parameters']:,} parameters left, {proven}: {out}")
 
 
@@ -253,15 +263,19 @@ def compare_command(arguments: argparse.Namespace) -> None:
 
 def inspect_command(arguments: argparse.Namespace) -> None:
     """`scalpel inspect`: what is known without weights."""
-    from layerscalpel.alone import describe
+    from layerscalpel.describe import describe
 
-    found = describe(arguments.target, trust_remote_code=arguments.trust_remote_code)
+    given = [dict([parse_assignment(f"target.layers={arguments.layers}")])] if arguments.layers else []
+    n = build_config(given).target.layers
+    found = describe(arguments.target, n, **{name: getattr(arguments, name) for name in PERMISSIONS})
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
-    width = max(map(len, found))
-    for key, value in found.items():
-        print(f"{key.replace('_', ' '):<{width}}  {value}")
+    from rich.console import Console
+
+    from layerscalpel.tables import print_description
+
+    print_description(found, Console())
 
 
 def methods_command(_arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ help text on the command line: nothing is described twice.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import types
@@ -26,6 +27,7 @@ SearchName = Literal["clp", "gate", "exact", "angular", "influence", "last", "ra
 StitchName = Literal["none", "linear"]
 HealName = Literal["endpoint", "none"]
 Objective = Literal["ce", "kl", "both"]
+ProofName = Literal["auto", "memory", "parts", "none"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -63,6 +65,8 @@ class ModelSettings:
     """Number format while computing; auto is float32 on cpu and mps, the checkpoint's own on cuda."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint; without it such a model is refused."""
+    allow_pickle: bool = False
+    """Accept weights in .bin files, of which torch loads the tensors only; without it they are refused."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,10 @@ class SearchSettings:
 class CutSettings:
     """The surgery."""
 
-    verify: bool = True
-    """Prove the cut checkpoint in a fresh process; without it the model card says so."""
+    proof: ProofName = "auto"
+    """How to prove the checkpoint; auto compares logits in memory if they fit (`memory`), else in three `parts`."""
+    proof_minutes: float = bounded(30.0, 0.0)
+    """How long logits of a model larger than memory may take, read from disk; past it the other parts must do."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +220,7 @@ class Config:
     """Seed of shuffling, random token ids and initialisation."""
 
 
+@functools.cache
 def sentences(section: type) -> dict[str, str]:
     """Return {field: the sentence under it} of a settings class."""
     found, name = {}, ""

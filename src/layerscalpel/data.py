@@ -31,8 +31,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from layerscalpel.config import DataSettings
-from layerscalpel.decoder import package_folder
 from layerscalpel.errors import UserError, suggest
+from layerscalpel.origin import package_folder
 
 Record = dict[str, Any]
 OPEN_BINS = 64

@@ -25,12 +25,20 @@ from functools import partial
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerscalpel.errors import UserError
 from layerscalpel.segment import Segment
 
+REFUSALS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError),
+    StrictDataclassError,
+)
+"""What config and model classes raise when they refuse their values."""
+MOST_LAYERS = 10_000
+"""More are a mistake in a config, which nothing should wait for."""
 STACKED_TOKENS = {"cpu": 1024, "cuda": 1 << 17, "mps": 1 << 14}
 """Tokens of all streams that go through a layer at once: a CPU is fastest while they stay in its cache."""
 Step = Callable[[Tensor], Tensor]
@@ -45,8 +53,10 @@ class Decoder:
     layers: nn.ModuleList
     path: str
     """Dotted name of the ModuleList, as `model.layers`."""
-    returns: int | None
-    """None when a layer returns a tensor, else the length of the tuple it returns, hidden states first."""
+    returns: tuple[tuple[type, int] | None, ...]
+    """For each layer None when it returns a tensor, else class and length of what it returns, hidden states first."""
+    hidden_dims: int
+    """Dimensions of the hidden states: 3 for [B, T, D]; families with several residual streams have 4."""
     per_row: frozenset[tuple[Any, ...]]
     """Places of the layer arguments whose leading size grows with the batch (as BLOOM's alibi)."""
     seen: frozenset[tuple[Any, ...]]
@@ -65,59 +75,81 @@ class Decoder:
         """Number V of logits."""
         return self.model.config.get_text_config(decoder=True).vocab_size
 
-    def as_output(self, hidden: Tensor) -> Any:
-        """Dress hidden states as a layer of this family returns them."""
-        return hidden if self.returns is None else (hidden, *[None] * (self.returns - 1))
+    def as_output(self, i: int, hidden: Tensor) -> Any:
+        """Dress hidden states as layer i returns them."""
+        dress = self.returns[i]
+        if dress is None:
+            return hidden
+        container, length = dress
+        return getattr(container, "_make", container)([hidden, *[None] * (length - 1)])
 
 
 class _EarlyEndError(Exception):
     """Leaves a forward whose rest nobody needs."""
 
 
+def count_field(text_config: Any) -> str:
+    """Return the name of the config field that holds the number of decoder layers."""
+    if hasattr(text_config, "decoder_layers"):  # beside an encoder of its own count
+        return "decoder_layers"
+    return text_config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+
+
 def num_layers_of(config: Any) -> int:
     """Return the decoder's layer count as the config states it, whatever the family calls it."""
     text = config.get_text_config(decoder=True)
-    count = getattr(text, "num_hidden_layers", None)
+    count = getattr(text, count_field(text), None)
     if not isinstance(count, int):
         raise UserError(f"config of type '{config.model_type}' states no number of decoder layers - is it a decoder?")
+    if not 0 < count <= MOST_LAYERS:
+        raise UserError(f"config of type '{config.model_type}' states {count} layers - allowed: 1 to {MOST_LAYERS}")
     return count
 
 
 def find_layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the one outermost ModuleList of config-many items of one class.
+    """Find the one outermost ModuleList of config-many items: of one class, else of several decoder layer classes.
 
     Raises:
         UserError: none or several fit; the message lists every ModuleList there is.
     """
     count = num_layers_of(model.config)
     lists = [(name, item) for name, item in model.named_modules() if isinstance(item, nn.ModuleList) and len(item)]
-    fitting = [(name, item) for name, item in lists if len(item) == count and len({type(layer) for layer in item}) == 1]
-    outermost = [(n, m) for n, m in fitting if not any(n.startswith(f"{other}.") for other, _ in lists)]
-    if len(outermost) == 1:
-        return outermost[0]
+    outermost = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    fitting = [(name, item) for name, item in outermost if len(item) == count]
+    uniform = [(name, item) for name, item in fitting if len({type(layer) for layer in item}) == 1]
+    for choice in (uniform, fitting):
+        if len(choice) == 1:
+            return choice[0]
     found = ", ".join(f"{n} ({len(m)} x {'/'.join(sorted({type(x).__name__ for x in m}))})" for n, m in lists)
     raise UserError(
-        f"{'several' if outermost else 'no'} lists of {count} equal decoder layers in {type(model).__name__}"
+        f"{'several' if fitting else 'no'} lists of {count} decoder layers in {type(model).__name__}"
         f" - found: {found or 'no ModuleList at all'} - this model cannot be cut"
     )
 
 
 def find_layers(model: PreTrainedModel) -> Decoder:
-    """Find the layers of a causal language model and learn by two tiny forwards how they are called.
+    """Find the layers of a causal language model and learn by tiny forwards how they are called.
 
-    Only layer 0 computes anything: it shows what a layer returns. The others are bypassed and note their arguments at
-    batch 2 and 3, which tells the arguments that grow with the batch from those that are broadcast.
+    One forward, up to the first layer of every class, shows what layers return. In two more all layers are bypassed and
+    note their arguments at batch 2 and 3, which tells the arguments that grow with the batch from the broadcast ones.
     """
     path, layers = find_layer_list(model)
-    _refuse_shared_keys(model)
-    returns = _returns(model, layers)
-    blind = Decoder(model, layers, path, returns, frozenset(), frozenset())
-    small, large = _arguments(blind, 2), _arguments(blind, 3)
+    refuse_shared_keys(model)
+    returns, hidden_dims = _returns(model, layers)
+    blind = Decoder(model, layers, path, returns, hidden_dims, frozenset(), frozenset())
+    try:
+        small, large = _arguments(blind, 2), _arguments(blind, 3)
+    except REFUSALS as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(
+            f"{type(model).__name__} does not run with its layers bypassed ({reason}) - this model cannot be cut"
+        ) from error
     growing = {place for place, size in small.items() if size and 2 * large.get(place, 0) == 3 * size}
-    return Decoder(model, layers, path, returns, frozenset(growing), frozenset(small))
+    return Decoder(model, layers, path, returns, hidden_dims, frozenset(growing), frozenset(small))
 
 
-def _refuse_shared_keys(model: PreTrainedModel) -> None:
+def refuse_shared_keys(model: PreTrainedModel) -> None:
+    """Refuse a model whose layers read keys and values of layers that a cut may remove."""
     text = model.config.get_text_config(decoder=True)
     if getattr(text, "num_kv_shared_layers", 0) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
         raise UserError(
@@ -129,24 +161,39 @@ def _probe_tokens(model: nn.Module, batch: int) -> Tensor:
     return torch.ones(batch, 5, dtype=torch.long, device=device_of(model))
 
 
-def _returns(model: PreTrainedModel, layers: nn.ModuleList) -> int | None:
-    seen: list[int | None] = []
+def _returns(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[tuple[tuple[type, int] | None, ...], int]:
+    """Return what each layer returns, and the number of dimensions of the hidden states."""
+    first_of = {type(layer): layer for layer in reversed(layers)}
+    seen: dict[type, tuple[type, int] | None] = {}
+    dims: set[int] = set()
 
-    def look(_module: nn.Module, _args: Any, output: Any) -> None:
-        shape = tuple(hidden_in(output).shape)
-        if len(shape) != 3:
-            reason = f"layers of {type(model).__name__} pass on hidden states of shape {shape}, not [B, T, D]"
-            raise UserError(f"{reason} - this model cannot be cut")
-        seen.append(len(output) if isinstance(output, tuple) else None)
-        raise _EarlyEndError
+    def look(module: nn.Module, _args: Any, output: Any) -> None:
+        seen[type(module)] = None if isinstance(output, Tensor) else (type(output), len(output))
+        dims.add(hidden_in(output).dim())
+        if len(seen) == len(first_of):
+            raise _EarlyEndError
 
-    handle = layers[0].register_forward_hook(look)
+    handles = [layer.register_forward_hook(look) for layer in first_of.values()]
     try:
         with torch.no_grad(), contextlib.suppress(_EarlyEndError):
-            body_of(model)(input_ids=_probe_tokens(model, 1), use_cache=False)
+            model(input_ids=_probe_tokens(model, 1), use_cache=False)  # whole: quantised ones unpack at its door
     finally:
-        handle.remove()
-    return seen[0]
+        for handle in handles:
+            handle.remove()
+    if asleep := [item.__name__ for item in first_of if item not in seen]:
+        raise UserError(
+            f"{', '.join(asleep)} of {type(model).__name__} take no part in a forward of text alone"
+            " - what removing them does cannot be compared, so this model cannot be cut"
+        )
+    return tuple(seen[type(layer)] for layer in layers), max(dims)
+
+
+def _require_streams(decoder: Decoder) -> None:
+    if decoder.hidden_dims != 3:
+        raise UserError(
+            f"layers of {type(decoder.model).__name__} pass on {decoder.hidden_dims}-dimensional hidden states, not"
+            " [B, T, D] - it can be cut at a given segment (scalpel cut), but not searched or healed"
+        )
 
 
 def _arguments(decoder: Decoder, batch: int) -> dict[tuple[Any, ...], int]:
@@ -184,8 +231,10 @@ def _map_leaves(value: Any, change: Callable[[tuple, Tensor], Tensor], place: tu
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device that token ids must be on."""
-    return next(model.parameters()).device
+    """Return the device that token ids must be on; where weights are left on disk, the one they are brought to."""
+    hook = getattr(model, "_hf_hook", None)  # accelerate's
+    device = next(model.parameters()).device
+    return torch.device(hook.execution_device) if hook and device.type == "meta" else device
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:
@@ -202,8 +251,8 @@ def split_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
 
 
 def hidden_in(output: Any) -> Tensor:
-    """Return the hidden states of a layer's output: the tensor itself or the first item of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """Return the hidden states of a layer's output: the tensor itself or the first item of a tuple or list."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 @contextlib.contextmanager
@@ -214,6 +263,7 @@ def replay(decoder: Decoder, visit: Visit) -> Iterator[None]:
     It calls the layer's `forward`, so it does not fire hooks again. Run the model with use_cache=False: a replay would
     append to a cache.
     """
+    _require_streams(decoder)
 
     def hook(i: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         hidden, rest_args, rest_kwargs = split_hidden(args, kwargs)
@@ -255,13 +305,13 @@ def _stackable(decoder: Decoder, batch: int, rest: tuple[tuple, dict]) -> bool:
 def _swapped(decoder: Decoder, forwards: dict[int, Callable[[Tensor, tuple, dict], Tensor]]) -> Iterator[None]:
     """Within, layer i computes `forwards[i](hidden, args, kwargs)` instead of its own forward."""
 
-    def outer(inner: Callable[[Tensor, tuple, dict], Tensor], *args: Any, **kwargs: Any) -> Any:
+    def outer(i: int, inner: Callable[[Tensor, tuple, dict], Tensor], *args: Any, **kwargs: Any) -> Any:
         hidden, rest_args, rest_kwargs = split_hidden(args, kwargs)
-        return decoder.as_output(inner(hidden, rest_args, rest_kwargs))
+        return decoder.as_output(i, inner(hidden, rest_args, rest_kwargs))
 
     covered = {i: vars(decoder.layers[i]).get("forward") for i in forwards}
     for i, inner in forwards.items():
-        decoder.layers[i].forward = partial(outer, inner)
+        decoder.layers[i].forward = partial(outer, i, inner)
     try:
         yield
     finally:
@@ -283,6 +333,7 @@ def inject(decoder: Decoder, boundary: int, hidden: Tensor) -> Iterator[None]:
     Call the model with token ids of shape [B, T] (their values do not matter where layers see hidden states only), so
     that it makes masks and rotary tables for that shape.
     """
+    _require_streams(decoder)
     if boundary == 0:
         first = decoder.layers[0]
 
@@ -314,6 +365,7 @@ def resume_from(decoder: Decoder, tokens: Tensor, boundary: int, hidden: Tensor)
 
 
 def _captured(decoder: Decoder, tokens: Tensor, boundary: int) -> Tensor:
+    _require_streams(decoder)
     caught: list[Tensor] = []
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:

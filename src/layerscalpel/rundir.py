@@ -252,8 +252,8 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
     return found
 
 
-def provenance(config: Config, folder: RunDir, started: float) -> dict[str, Any]:
-    """Return versions and platform, when the run was first started, and the sum of its stages' seconds."""
+def software() -> dict[str, str]:
+    """Return the versions of what computes here."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -263,10 +263,13 @@ def provenance(config: Config, folder: RunDir, started: float) -> dict[str, Any]
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
+    return versions | {"python": platform.python_version(), "platform": platform.platform()}
+
+
+def provenance(config: Config, folder: RunDir, started: float) -> dict[str, Any]:
+    """Return versions and platform, when the run was first started, and the sum of its stages' seconds."""
     return {
-        **versions,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
+        **software(),
         "started": folder.earlier().get("started") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "wall_s": round(sum(done["result"]["wall_s"] for stage in STAGES if (done := folder.done(stage))), 1),
         "seed": config.seed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +50,32 @@ class Search:
     """(decoder, tokens [N, T], num_removed, settings, seed) -> result."""
     sentence: str
     paper: str
+
+
+def first_sound(result: SearchResult, check: Callable[[Segment], object]) -> SearchResult:
+    """Return the result with the best window that can be cut; what is passed over is named under `refused`.
+
+    Args:
+        result: of any method; less is better in all of their measures.
+        check: raises UserError for a segment that cannot be cut.
+
+    Raises:
+        UserError: no window that the method scored can be cut; the reason is the chosen one's.
+    """
+    chosen = result.segment
+    measured = {int(start): float(next(iter(score.values())) or 0.0) for start, score in result.scores.items()}
+    others = [start for start in sorted(measured, key=lambda start: measured[start]) if start != chosen.start]
+    refused: dict[str, str] = {}
+    for start in [chosen.start, *others]:
+        segment = Segment(start, start + len(chosen), chosen.num_layers)
+        try:
+            check(segment)
+        except UserError as error:
+            refused[str(start)] = str(error)
+            continue
+        details = result.details | ({"refused": refused} if refused else {})
+        return replace(result, segment=segment, details=details)
+    raise UserError(refused[str(chosen.start)])
 
 
 def num_removed_of(target: TargetSettings, num_layers: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from layerscalpel.errors import UserError
@@ -42,7 +43,7 @@ class Segment:
 
 def parse_segment(text: str, num_layers: int) -> Segment:
     """Read START:STOP."""
-    start, colon, stop = text.partition(":")
-    if not colon or not start.strip().isdecimal() or not stop.strip().isdecimal():
-        raise UserError(f"segment '{text}' is no START:STOP - write 13:19 for layers 13..18")
-    return Segment(int(start), int(stop), num_layers)
+    found = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", text, re.ASCII)
+    if not found:
+        raise UserError(f"segment '{text[:40]}' is no START:STOP - write 13:19 for layers 13..18")
+    return Segment(int(found[1]), int(found[2]), num_layers)

@@ -8,10 +8,8 @@ results.json.
 from __future__ import annotations
 
 import importlib.util
-import json
 import resource
 import sys
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,31 +18,29 @@ import torch
 
 from layerscalpel import benchmark as speed
 from layerscalpel import evaluate as quality
+from layerscalpel.card import model_card
+from layerscalpel.carried import carry_files
+from layerscalpel.checkpoint import cut_checkpoint
 from layerscalpel.config import Config, to_dict
-from layerscalpel.cut import cut_model, prove
 from layerscalpel.data import Parts, find_source, prepare_blocks
 from layerscalpel.decoder import (
     Loaded,
-    Origin,
     load_decoder,
     num_parameters,
-    package_folder,
-    peek,
     save_decoder,
     weight_bytes,
 )
 from layerscalpel.errors import UserError
 from layerscalpel.heal import HEALERS
 from layerscalpel.layers import Decoder, find_layers
+from layerscalpel.origin import Origin, checkpoint_folder, package_folder, peek, read_config, skeleton
+from layerscalpel.plan import plan_cut
 from layerscalpel.progress import say, waiting
-from layerscalpel.rundir import write_json
-from layerscalpel.search import SEARCHES, given_segment, num_removed_of, uses_gate
+from layerscalpel.search import SEARCHES, first_sound, given_segment, num_removed_of, uses_gate
 from layerscalpel.segment import Segment
 from layerscalpel.stitch import stitch_model
 
 SKIPPED: dict[str, Any] = {"skipped": True}
-PROVENANCE_FILE = "layerscalpel.json"
-"""Beside a cut checkpoint: its parent and segment, and those of the parents before."""
 
 
 class Workbench:
@@ -58,7 +54,11 @@ class Workbench:
         settings = self.config.model
         with waiting(f"loading {name}"):
             return load_decoder(
-                name, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
+                name,
+                device=settings.device,
+                dtype=settings.dtype,
+                trust_remote_code=settings.trust_remote_code,
+                allow_pickle=settings.allow_pickle,
             )
 
     @cached_property
@@ -112,7 +112,8 @@ def check_before_loading(config: Config, wanted: list[str]) -> Origin:
             findings.append(str(error))
             return None
 
-    origin = check(lambda: peek(config.model.name, trust_remote_code=config.model.trust_remote_code))
+    allowed = {"trust_remote_code": config.model.trust_remote_code, "allow_pickle": config.model.allow_pickle}
+    origin = check(lambda: peek(config.model.name, **allowed))
     if origin:
         check(
             lambda: given_segment(config.target, origin.num_layers) or num_removed_of(config.target, origin.num_layers)
@@ -172,42 +173,32 @@ def search(bench: Workbench, _folder: Path) -> dict[str, Any]:
     result = SEARCHES[config.search.method].find(
         bench.decoder, blocks.tokens, num_removed_of(config.target, len(bench.decoder)), config.search, config.seed
     )
+    bare = skeleton(read_config(parent.origin), trust_remote_code=parent.origin.trust_remote_code)
+    result = first_sound(result, lambda segment: plan_cut(bare, segment))
+    for start, reason in result.details.get("refused", {}).items():
+        say(f"the window at {start} scores better, but cannot be cut: {reason}")
     return {"parent": described, "data": {"calibration": blocks.summary()}, **result.to_dict()}
 
 
 def cut(bench: Workbench, segment: Segment, folder: Path) -> dict[str, Any]:
     """Remove the segment, save the checkpoint and prove it."""
-    verify, remote = bench.config.cut.verify, bench.config.model.trust_remote_code
+    model, settings = bench.config.model, bench.config.cut
     return cut_checkpoint(
-        bench.parent, bench.decoder, segment, folder / "model", verify=verify, trust_remote_code=remote
+        bench.parent.origin,
+        segment,
+        folder / "model",
+        parent=bench.parent,
+        device=model.device,
+        dtype=model.dtype,
+        proof=settings.proof,
+        minutes=settings.proof_minutes,
     )
-
-
-def cut_checkpoint(
-    parent: Loaded, decoder: Decoder, segment: Segment, folder: Path, *, verify: bool, trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """Write the parent without the segment as a plain checkpoint, proven in a fresh process unless `verify` is off."""
-    model, changes = cut_model(decoder, segment)
-    described = _save(model, parent, folder)
-    write_json(folder / PROVENANCE_FILE, cut_history(parent.origin, segment))
-    proof = None
-    if verify:
-        with waiting("proving the checkpoint in a fresh process"):
-            proof = asdict(prove(folder, decoder, segment, trust_remote_code=trust_remote_code))
-    return described | {"config_changes": changes, "proof": proof}
-
-
-def cut_history(origin: Origin, segment: Segment) -> dict[str, Any]:
-    """Return {parent, segment, num_layers, before}: `before` is the parent's own history, if it was cut too."""
-    earlier = Path(origin.place) / PROVENANCE_FILE
-    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else None
-    parent = origin.name if origin.kind == "hub" or origin.name == "demo" else origin.place
-    own = {"parent": parent, "segment": [segment.start, segment.stop], "num_layers": segment.num_layers}
-    return own | ({"before": before} if before else {})
 
 
 def _save(model: Any, parent: Loaded, folder: Path) -> dict[str, int]:
     save_decoder(model, parent.tokenizer, folder, dtype=parent.origin.dtype)
+    if source := checkpoint_folder(parent.origin):
+        carry_files(source, folder)
     return {"parameters": num_parameters(model), "bytes": weight_bytes(model, parent.origin.dtype)}
 
 
@@ -280,7 +271,7 @@ def benchmark(bench: Workbench, segment: Segment, _folder: Path) -> dict[str, An
 
 def report(bench: Workbench, results: dict[str, Any], origin: dict[str, Any], _folder: Path) -> dict[str, Any]:
     """Write report.html, and the model card beside the run and in the final checkpoint."""
-    from layerscalpel.report import model_card, render_report  # plotting is slow to import
+    from layerscalpel.report import render_report  # plotting is slow to import
 
     settings = to_dict(bench.config)
     card = model_card(results, settings, origin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -109,3 +110,55 @@ def _print_sample(evaluated: dict[str, Any], console: Console) -> None:
         if samples:
             text = " ".join(samples[0]["text"].split())[:SAMPLE_CHARACTERS]
             console.print(f"[dim]{escape(samples[0]['prompt'])}[/]\n[bold]{name}[/]: {escape(text)}", highlight=False)
+
+
+def print_description(found: dict[str, Any], console: Console) -> None:
+    """Print what `scalpel inspect` found: facts, places of a cut, memory."""
+    for label, value in _facts(found):
+        console.print(f"[bold]{label:<14}[/] {escape(value)}", highlight=False, soft_wrap=True)
+    table = Table("memory, GiB", *found["memory_bytes"], box=box.SIMPLE_HEAD)
+    for stage in next(iter(found["memory_bytes"].values())):
+        table.add_row(stage, *(f"{needed[stage] / 2**30:.1f}" for needed in found["memory_bytes"].values()))
+    console.print(table)
+    console.print("weights, optimiser state and libraries; activations come on top", style="dim")
+
+
+def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (label, words) of a description."""
+    per_layer = found["parameters_per_layer"]
+    sizes = f"{per_layer:,}" if isinstance(per_layer, int) else f"{min(per_layer):,} to {max(per_layer):,}"
+    n, sound = found["tried_layers"], found["sound_starts"]
+    total = len(sound) + sum(len(group["starts"]) for group in found["refused_starts"])
+    facts = [
+        ("model", f"{found['name']} ({found['class']}, loaded by {found['loaded_by']})"),
+        ("layers", found["layers"]),
+        ("parameters", f"{found['parameters']:,}, {sizes} a layer"),
+        (
+            "bytes",
+            f"{_size(found['bytes'])} as {found['dtype']}, {_size(found['bytes_per_layer'])} a layer",
+        ),
+        ("context", f"{found['max_tokens'] or 'not stated'}"),
+        ("a cut changes", ", ".join(found["config_fields_a_cut_changes"]) or "nothing in the config"),
+        (f"{n} layers", f"can be cut at {len(sound)} of {total} places"),
+    ]
+    if found["quantised"]:
+        facts.append(("quantised", f"{found['quantised']}: can be cut at a given segment, not searched or healed"))
+    if found["other_parts"]:
+        facts.append(("carried along", f"{', '.join(found['other_parts'])} (unchanged; proofs are on text)"))
+    return facts + [("refused", f"start {_ranges(g['starts'])}: {g['reason']}") for g in found["refused_starts"]]
+
+
+def _size(num_bytes: int) -> str:
+    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if num_bytes >= unit)
+    return f"{num_bytes / unit:,.1f} {name}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return rising numbers as `1..3, 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)

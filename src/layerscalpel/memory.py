@@ -1,0 +1,48 @@
+"""How much memory is free, within the limit of the container if there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of memory that can be taken on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([psutil.virtual_memory().available, *(_room(folder) for folder in _limits())])
+
+
+def _limits() -> list[Path]:
+    """Return the control groups of this process that may limit its memory, and all above them."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").split()
+    except OSError:  # no Linux
+        return []
+    found = []
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds in ("", "memory"):
+            root = CGROUPS / kinds
+            own = root / path.strip("/")
+            found += [own, *(above for above in own.parents if above.is_relative_to(root))]
+    return found
+
+
+def _room(group: Path) -> int:
+    """Return what a control group may still take; its cached files can be dropped, so they count as free."""
+    for limit, used, caches in (
+        ("memory.max", "memory.current", ("inactive_file", "active_file")),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+    ):
+        try:
+            free = int((group / limit).read_text()) - int((group / used).read_text())
+            lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        return free + sum(int(lines.get(name, 0)) for name in caches)
+    return 1 << 62
