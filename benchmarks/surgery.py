@@ -3,10 +3,10 @@
     python benchmarks/surgery.py --folder /tmp/surgery --layers 32 --gib 6
 
 Writes docs/benchmarks/surgery.json. The checkpoint has LLaMA's shapes and random bfloat16 weights. In every round, in
-turns: `cp` of the kept bytes (the files of an earlier cut), and our copy of the same bytes out of the whole checkpoint;
-the source is out of the page cache before and the copy on disk after. Memory is what the process and all it starts hold
-at once, sampled every 20 ms: anonymous, and resident with mapped pages of files, which the system takes back when it
-needs room. That it can is shown by running all of it under a hard limit (a control group; needs root).
+turns: `cp` of the whole checkpoint, and our copy of what is kept of it, in bytes a second; the source is out of the
+page cache before and the copy on disk after. Memory is what the process and all it starts hold at once, sampled every
+20 ms: anonymous, and resident with mapped pages of files, which the system takes back when it needs room. That it can
+is shown by running all of it under a hard limit (a control group; needs root).
 """
 
 from __future__ import annotations
@@ -88,26 +88,25 @@ def timed(action: Any, source: Path) -> float:
 
 
 def bandwidth(folder: Path, config: LlamaConfig, segment: Segment, rounds: int) -> dict[str, Any]:
-    """Copy the kept bytes with cp and with our own copy, in turns."""
-    source, first, ours, theirs = folder / "model", folder / "first", folder / "ours", folder / "theirs"
+    """Copy out of the same cold files with cp (all of them) and with our own copy (what is kept), in turns."""
+    source, ours, theirs = folder / "model", folder / "ours", folder / "theirs"
     plan, weights = plan_cut(skeleton(config), segment), read_weights(source)
-    for used in (first, ours, theirs):
+    for used in (ours, theirs):
         shutil.rmtree(used, ignore_errors=True)
-    kept, _ = cut_folder(weights, plan, first)
-    times: dict[str, list[float]] = {"cp_s": [], "cut_s": []}
+    found: dict[str, list[float]] = {"cp_bytes_per_s": [], "cut_bytes_per_s": []}
+    kept = 0
     for _ in range(rounds):
-        times["cp_s"].append(timed(lambda: subprocess.run(["cp", "-r", str(first), str(theirs)], check=True), first))
-        times["cut_s"].append(timed(lambda: cut_folder(weights, plan, ours), source))
+        took = timed(lambda: subprocess.run(["cp", "-r", str(source), str(theirs)], check=True), source)
+        found["cp_bytes_per_s"].append(weights.num_bytes() / took)
         shutil.rmtree(theirs)
+        took = timed(lambda: cut_folder(weights, plan, ours), source)
+        kept = read_weights(ours).num_bytes()
+        found["cut_bytes_per_s"].append(kept / took)
         shutil.rmtree(ours)
-        print(times, flush=True)
-    shutil.rmtree(first)
-    ratios = [a / b for a, b in zip(times["cp_s"], times["cut_s"], strict=True)]
-    return times | {
-        "kept_bytes": kept.num_bytes(),
-        "cut_bandwidth_over_cp": {"value": statistics.median(ratios), "least": min(ratios), "n": rounds},
-        "cut_bytes_per_s": kept.num_bytes() / statistics.median(times["cut_s"]),
-    }
+        print(found, flush=True)
+    ratios = [cut / cp for cp, cut in zip(*found.values(), strict=True)]
+    ratio = {"value": statistics.median(ratios), "least": min(ratios), "n": rounds}
+    return found | {"kept_bytes": kept, "cut_bandwidth_over_cp": ratio}
 
 
 def control_group(limit: int) -> Path | None:
@@ -180,6 +179,8 @@ def main() -> None:
         "segment": str(segment),
         "bandwidth": bandwidth(arguments.folder, config, segment, arguments.rounds),
     }
+    path = ROOT / "docs/benchmarks/surgery.json"
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for name, flags in {
         "unproven": ["--no-verify"],
         "parts_without_logits": ["--set", "cut.proof=parts", "--set", "cut.proof_minutes=0"],
@@ -187,7 +188,6 @@ def main() -> None:
     }.items():
         results[name] = peak_memory(arguments.folder, segment, int(arguments.limit_gib * 2**30), *flags)
         print(name, {k: v for k, v in results[name].items() if k != "proof"}, flush=True)
-        path = ROOT / "docs/benchmarks/surgery.json"
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

@@ -258,7 +258,7 @@ def test_a_tensor_larger_than_the_memory_leaves_the_logits_out(tmp_path, monkeyp
     monkeypatch.setattr(checkpoint, "free_bytes", lambda _device: 1000)
     proof = cut(written(tmp_path), tmp_path / "out")["proof"]
     assert (proof["kind"], proof["logits"]) == ("two parts", None)
-    assert "the largest tensor alone needs 0.0 GiB in float32" in proof["left_out"]["logits"]
+    assert "to load its largest tensor takes 0.0 GiB" in proof["left_out"]["logits"]
 
 
 def no_twin(_config: object) -> None:
