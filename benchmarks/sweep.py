@@ -31,8 +31,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from layerscalpel.errors import UserError
 from layerscalpel.layers import num_layers_of
-from layerscalpel.origin import quiet_transformers
 from layerscalpel.proof import prove_twin
+from layerscalpel.quiet import quiet_transformers
 from layerscalpel.segment import Segment
 from layerscalpel.twin import twin_model
 from layerscalpel.witness import Witness

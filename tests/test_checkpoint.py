@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from world import TEMPLATE, byte_tokenizer, write_model
 
 from layerscalpel import checkpoint
-from layerscalpel.checkpoint import cut_checkpoint, cut_history, parent_of
+from layerscalpel.checkpoint import cut_checkpoint
 from layerscalpel.cli import main
 from layerscalpel.cut import cut_model
 from layerscalpel.decoder import load_decoder, num_parameters, save_decoder
 from layerscalpel.errors import UserError
-from layerscalpel.layers import find_layers
+from layerscalpel.history import cut_history, parent_of
 from layerscalpel.origin import Origin, peek
+from layerscalpel.probe import find_layers
 from layerscalpel.segment import Segment
 from layerscalpel.shards import read_weights
 

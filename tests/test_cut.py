@@ -16,9 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from layerscalpel.cut import cut_folder, cut_model, old_name, proof_tokens
 from layerscalpel.decoder import load_decoder, num_parameters, save_decoder
 from layerscalpel.errors import UserError
-from layerscalpel.layers import Decoder, bypass, find_layers
-from layerscalpel.origin import quiet_transformers, skeleton
+from layerscalpel.hooks import bypass
+from layerscalpel.layers import Decoder
+from layerscalpel.origin import skeleton
 from layerscalpel.plan import plan_cut
+from layerscalpel.probe import find_layers
+from layerscalpel.quiet import quiet_transformers
 from layerscalpel.segment import Segment
 from layerscalpel.shards import Weights, digest, read_weights
 

@@ -55,6 +55,7 @@ def test_memory_grows_with_what_a_stage_holds(tmp_path):
     needed = found["memory_bytes"]["cpu"]
     assert needed["cut"] == LIBRARIES_BYTES
     assert needed["search"] == LIBRARIES_BYTES + weights
+    assert needed["search --offload disk"] == LIBRARIES_BYTES + weights - 6 * 4 * layer
     assert needed["heal (kl, both)"] == LIBRARIES_BYTES + 2 * weights + 2 * layer * MASTER_BYTES
     assert found["memory_bytes"]["cuda"]["search"] == LIBRARIES_BYTES + weights // 2  # bfloat16 there
 

@@ -9,7 +9,6 @@ import gguf
 import numpy
 import pytest
 import torch
-import transformers
 from checkpoints import SINGLE, edit_json, edit_weights, write_gguf
 from families import SLIDING, tiny
 from safetensors.torch import save_file
@@ -23,17 +22,17 @@ from transformers import (
     T5Config,
 )
 
+from layerscalpel import origin as origins
 from layerscalpel.decoder import save_decoder
 from layerscalpel.errors import UserError
 from layerscalpel.origin import (
+    Origin,
     auto_class,
     checkpoint_folder,
     locate,
     package_folder,
     peek,
-    quiet_transformers,
     read_config,
-    readable,
     skeleton,
 )
 
@@ -194,23 +193,19 @@ def test_a_config_is_read_whole_from_either_kind(tmp_path):
     assert read_config(peek(str(tmp_path / "m.gguf"))).intermediate_size == 48
 
 
-def test_a_defect_is_not_taken_for_unreadable_input():
-    with pytest.raises(ZeroDivisionError), readable("it"):
-        _ = 1 / 0
-    with (
-        pytest.raises(UserError, match="it cannot be read: a b - check the name, the files and the network"),
-        readable("it"),
-    ):
-        raise OSError("a\n  b")
+def test_a_config_that_was_handed_out_may_be_changed(tmp_path):
+    save_decoder(tiny("llama"), None, tmp_path / "m")
+    origin = peek(str(tmp_path / "m"))
+    read_config(origin).num_hidden_layers = 1
+    assert read_config(origin).num_hidden_layers == 8
 
 
-def test_what_other_libraries_print_comes_back():
-    level = transformers.utils.logging.get_verbosity()
-    with quiet_transformers():
-        assert transformers.utils.logging.get_verbosity() == transformers.utils.logging.ERROR
-    with pytest.raises(ZeroDivisionError), quiet_transformers():
-        _ = 1 / 0
-    assert transformers.utils.logging.get_verbosity() == level
+def test_a_hub_model_is_fetched_once(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(origins, "snapshot_download", lambda name, **_: fetched.append(name) or str(tmp_path))
+    hub = Origin("org/fetched-once", "hub", "org/fetched-once", 8, None, "float32")
+    assert checkpoint_folder(hub) == checkpoint_folder(hub) == tmp_path
+    assert fetched == ["org/fetched-once"]
 
 
 # ---------------------------------------------------------------------------------------------- the demo and GGUF

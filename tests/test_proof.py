@@ -16,10 +16,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from layerscalpel.cut import cut_folder, cut_model
 from layerscalpel.decoder import num_parameters, save_decoder
 from layerscalpel.errors import UserError
-from layerscalpel.layers import Decoder, find_layers
-from layerscalpel.origin import quiet_transformers, skeleton
+from layerscalpel.layers import Decoder
+from layerscalpel.origin import skeleton
 from layerscalpel.plan import plan_cut
+from layerscalpel.probe import find_layers
 from layerscalpel.proof import Expected, expect, prove_logits, prove_tensors, prove_twin
+from layerscalpel.quiet import quiet_transformers
 from layerscalpel.segment import Segment
 from layerscalpel.shards import Weights, read_weights
 

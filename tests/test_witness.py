@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM
 from layerscalpel.cut import cut_model
 from layerscalpel.decoder import save_decoder
 from layerscalpel.errors import UserError
-from layerscalpel.layers import Decoder, find_layers
+from layerscalpel.layers import Decoder
+from layerscalpel.probe import find_layers
 from layerscalpel.proof import Expected, expect, prove_logits
 from layerscalpel.segment import Segment
 from layerscalpel.witness import Witness

@@ -34,7 +34,7 @@ def carry_files(source: Path, folder: Path) -> list[str]:
         source: the parent's folder.
         folder: of the new checkpoint; an `out` inside the source is not carried into itself.
     """
-    carried, left = [], []
+    carried, about_the_parent = [], []
     for path in sorted(source.rglob("*")):
         inside = path.relative_to(source)
         if any(OTHER_FOLDERS.fullmatch(part) for part in inside.parts[:-1]) or not path.is_file():
@@ -42,14 +42,14 @@ def carry_files(source: Path, folder: Path) -> list[str]:
         if path.resolve().is_relative_to(folder.resolve()) or _is_a_checkpoint(source, inside):
             continue
         if LEFT_BEHIND.fullmatch(path.name) or inside.name.startswith("."):
-            left.append(str(inside))
+            if re.fullmatch(ABOUT_THE_PARENT, path.name, re.IGNORECASE):
+                about_the_parent.append(str(inside))
         elif not (folder / inside).exists():
             (folder / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / inside)
             carried.append(str(inside))
-    about = [name for name in left if re.fullmatch(ABOUT_THE_PARENT, Path(name).name, re.IGNORECASE)]
-    if about:
-        say(f"left behind, as they speak of the parent: {', '.join(about)}")
+    if about_the_parent:
+        say(f"left behind, as they speak of the parent: {', '.join(about_the_parent)}")
     return carried
 
 

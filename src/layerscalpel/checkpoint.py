@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,19 +35,14 @@ from layerscalpel.decoder import (
     weight_bytes,
 )
 from layerscalpel.errors import UserError
-from layerscalpel.layers import find_layers
+from layerscalpel.history import PROVENANCE_FILE, cut_history
 from layerscalpel.memory import free_bytes
-from layerscalpel.origin import (
-    Origin,
-    auto_class,
-    checkpoint_folder,
-    read_config,
-    require_back_end,
-    skeleton,
-)
+from layerscalpel.origin import Origin, auto_class, checkpoint_folder, read_config, skeleton
 from layerscalpel.plan import Plan, plan_cut
+from layerscalpel.probe import find_layers
 from layerscalpel.progress import say, waiting
 from layerscalpel.proof import LogitsProof, TensorsProof, expect, prove_logits, prove_tensors, prove_twin
+from layerscalpel.quantised import require_back_end
 from layerscalpel.rundir import write_json
 from layerscalpel.segment import Segment
 from layerscalpel.shards import Weights, read_weights
@@ -56,8 +50,6 @@ from layerscalpel.traces import text_part
 from layerscalpel.twin import twin_model
 from layerscalpel.witness import Witness
 
-PROVENANCE_FILE = "layerscalpel.json"
-"""Beside a cut checkpoint: its parent and segment, and those of the parents before."""
 MEMORY_SHARE = 0.9
 """Of the free memory, what a model may take to be proven in memory."""
 LOADED_TENSORS = 6
@@ -129,7 +121,7 @@ def cut_checkpoint(
     with fresh_folder(folder) as draft, contextlib.ExitStack() as stack:
         config = read_config(origin)
         if origin.quantised and proof != "none":
-            require_back_end(origin, config)
+            require_back_end(config, origin.name)
         history = cut_history(origin, segment, folder)
         plan = plan_cut(skeleton(config, trust_remote_code=origin.trust_remote_code), segment)
         found: dict[str, Any] = {
@@ -276,54 +268,3 @@ def _prove_from_disk(witness: Witness, origin: Origin, written: Written) -> Logi
         )
         del loaded
     return prove_logits(witness, written.folder, expected, generate=False, from_disk=True)
-
-
-def cut_history(origin: Origin, segment: Segment, folder: Path) -> dict[str, Any]:
-    """Return {parent, segment, num_layers, before}: `before` is the parent's own history, if it was cut too.
-
-    A local parent is named by its path from the new folder, so that nobody's home stands in a published model.
-
-    Raises:
-        UserError: the parent's own history is damaged.
-    """
-    local = origin.kind != "hub" and origin.name != "demo"
-    parent = os.path.relpath(origin.place, folder.absolute()) if local else origin.name
-    own = {"parent": parent, "segment": [segment.start, segment.stop], "num_layers": segment.num_layers}
-    place = checkpoint_folder(origin) if origin.kind == "hub" else Path(origin.place)
-    before = read_history(place) if place and place.is_dir() else None
-    return own | ({"before": before} if before else {})
-
-
-def read_history(folder: Path) -> dict[str, Any] | None:
-    """Return the history of a cut checkpoint, checked; None if it was not cut by us.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = folder / PROVENANCE_FILE
-    if not path.is_file():
-        return None
-    try:
-        step = history = json.loads(path.read_text(encoding="utf-8"))
-        while step:
-            start, stop = step["segment"]
-            Segment(start, stop, step["num_layers"])
-            if not isinstance(step["parent"], str):
-                raise TypeError("parent is no text")
-            step = step.get("before")
-    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
-        raise UserError(f"{path} is damaged ({error}) - restore it, or remove it with its history") from error
-    return history
-
-
-def parent_of(folder: Path) -> tuple[str, str]:
-    """Return the parent of a cut checkpoint, as a model name, and its segment as START:STOP.
-
-    Raises:
-        UserError: it was not cut by us, or its history is damaged.
-    """
-    history = read_history(folder)
-    if not history:
-        raise UserError(f"{folder} has no {PROVENANCE_FILE} - it was not cut by scalpel")
-    beside = folder / history["parent"]
-    return str(beside.resolve()) if beside.exists() else history["parent"], ":".join(map(str, history["segment"]))

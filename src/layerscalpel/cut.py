@@ -21,7 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from layerscalpel.errors import UserError
-from layerscalpel.layers import Decoder, bypass, device_of
+from layerscalpel.hooks import bypass
+from layerscalpel.layers import Decoder, all_tensors, device_of
 from layerscalpel.plan import Plan, plan_cut
 from layerscalpel.segment import Segment
 from layerscalpel.shards import Stored, Weights, copy_weights
@@ -38,8 +39,8 @@ def cut_model(decoder: Decoder, segment: Segment) -> tuple[PreTrainedModel, dict
     """
     parent = decoder.model
     plan = plan_cut(parent, segment)
-    source = dict(parent.named_parameters(remove_duplicate=False)) | dict(parent.named_buffers(remove_duplicate=False))
-    for new in _tensor_names(plan.cut):
+    source = all_tensors(parent)
+    for new in all_tensors(plan.cut):
         owner, _, leaf = new.rpartition(".")
         tensor = source[old_name(new, plan.path, segment)]
         module = plan.cut.get_submodule(owner)
@@ -50,17 +51,24 @@ def cut_model(decoder: Decoder, segment: Segment) -> tuple[PreTrainedModel, dict
     return plan.cut, plan.traces
 
 
-def _tensor_names(model: nn.Module) -> list[str]:
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return [name for name, _ in tensors]
-
-
 def old_name(new: str, path: str, segment: Segment) -> str:
     """Return the parent's name of a tensor of the cut model."""
-    if not new.startswith(f"{path}."):
-        return new
-    index, _, rest = new.removeprefix(f"{path}.").partition(".")
-    return f"{path}.{segment.kept()[int(index)]}.{rest}"
+    index, rest = layer_in(new, f"{path}.")
+    return f"{path}.{segment.kept()[int(index)]}.{rest}" if index else new
+
+
+def layer_in(name: str, prefix: str) -> tuple[str, str]:
+    """Part a tensor's name, as `model.layers.13.mlp.weight`, into the layer's number as spelt and what follows it.
+
+    Args:
+        name: of the tensor.
+        prefix: of all layers' names, with its dot.
+
+    Returns:
+        ("13", "mlp.weight"); ("", "") where the name is not that of a layer's tensor.
+    """
+    index, _, rest = name.removeprefix(prefix).partition(".")
+    return (index, rest) if name.startswith(prefix) and index.isdecimal() else ("", "")
 
 
 @torch.no_grad()
@@ -76,13 +84,11 @@ def _refuse_unequal_logits(decoder: Decoder, cut: PreTrainedModel, segment: Segm
         )
 
 
-def proof_tokens(
-    decoder: Decoder, device: torch.device | None = None, *, blocks: int = PROOF_BLOCKS, length: int = PROOF_TOKENS
-) -> torch.Tensor:
+def proof_tokens(decoder: Decoder, *, blocks: int = PROOF_BLOCKS, length: int = PROOF_TOKENS) -> torch.Tensor:
     """Return random token ids [blocks, length], always the same for a model."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(decoder.vocab_size, (blocks, length), generator=generator)
-    return drawn.to(device or device_of(decoder.model))
+    return drawn.to(device_of(decoder.model))
 
 
 @torch.no_grad()
@@ -127,8 +133,8 @@ def renamed_tensors(weights: Weights, plan: Plan) -> dict[str, str]:
         raise UserError(f"the files hold no {prefix}{missing[0]} - fetch the checkpoint again")
     renamed = {}
     for name in weights.tensors:
-        index, _, rest = name.removeprefix(prefix).partition(".") if name.startswith(prefix) else ("", "", "")
-        if not index.isdecimal():
+        index, rest = layer_in(name, prefix)
+        if not index:
             renamed[name] = name
         elif index != str(int(index)):
             raise UserError(f"tensor {name} spells its layer's number oddly - rename it in the files")

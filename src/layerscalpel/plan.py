@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from layerscalpel.errors import UserError
-from layerscalpel.layers import REFUSALS, find_layer_list, refuse_shared_keys
+from layerscalpel.errors import UserError, one_line
+from layerscalpel.layers import REFUSALS, all_tensors, find_layer_list, refuse_shared_keys
 from layerscalpel.segment import Segment
 from layerscalpel.traces import cut_config, repairs, unexplained
 
@@ -106,8 +106,9 @@ def _attempt(parent: PreTrainedModel, segment: Segment, path: str, instead: dict
         with torch.device("meta"):
             cut = type(parent)(config)
     except REFUSALS as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{type(parent).__name__} refuses the cut config: {reason} - it cannot be cut there") from error
+        raise UserError(
+            f"{type(parent).__name__} refuses the cut config: {one_line(error)} - it cannot be cut there"
+        ) from error
     return Plan(segment, path, config, traces, parent, cut.eval())
 
 
@@ -151,8 +152,7 @@ def _facts(layer: nn.Module) -> Facts:
         for name, value in vars(module).items():
             if not name.startswith("_") and name != "training" and _is_plain(value):
                 found[f"{path}.{name}".lstrip(".")] = value
-    tensors = [*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)]
-    return found | {name: f"a tensor of shape {tuple(tensor.shape)}" for name, tensor in tensors}
+    return found | {name: f"a tensor of shape {tuple(tensor.shape)}" for name, tensor in all_tensors(layer).items()}
 
 
 def _is_plain(value: Any) -> bool:
@@ -193,7 +193,7 @@ def _follows(was: Any, now: Any, segment: Segment) -> bool:
 
 
 def _outside(model: nn.Module, path: str) -> dict[str, tuple[int, ...]]:
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = all_tensors(model).items()
     return {name: tuple(tensor.shape) for name, tensor in tensors if not name.startswith(f"{path}.")}
 
 

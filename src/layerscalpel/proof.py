@@ -27,15 +27,17 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from layerscalpel.carried import carry_files
-from layerscalpel.cut import cut_folder, proof_tokens, reference_logits
-from layerscalpel.errors import UserError
-from layerscalpel.layers import REFUSALS, Decoder, device_of, find_layers
-from layerscalpel.origin import auto_class, quiet_transformers, readable, skeleton
+from layerscalpel.cut import cut_folder, layer_in, proof_tokens, reference_logits
+from layerscalpel.errors import UserError, one_line
+from layerscalpel.layers import REFUSALS, Decoder
+from layerscalpel.origin import auto_class, skeleton
 from layerscalpel.plan import plan_cut
+from layerscalpel.probe import find_layers
+from layerscalpel.quiet import quiet_transformers, readable
 from layerscalpel.segment import Segment
 from layerscalpel.shards import Weights, digests, read_weights
 from layerscalpel.traces import text_part
-from layerscalpel.witness import Witness, is_tied
+from layerscalpel.witness import Witness, generates_alike, is_tied
 
 TOLERANCE_FRACTION = 0.02
 """Off float32 on a CPU other kernels may round differently: allowed share of the largest logit."""
@@ -87,7 +89,7 @@ class Expected:
 
 
 def expect(
-    decoder: Decoder, segment: Segment, *, length: int | None = None, device: str = "", trust_remote_code: bool = False
+    decoder: Decoder, segment: Segment, *, length: int | None = None, trust_remote_code: bool = False
 ) -> Expected:
     """Return what the cut checkpoint must compute, from the parent with the segment bypassed.
 
@@ -95,25 +97,20 @@ def expect(
         decoder: the parent.
         segment: the layers to leave out.
         length: tokens of one block; None for the usual two blocks.
-        device: where the parent computes, if its parameters do not say it (they are on disk).
         trust_remote_code: whether the fresh process may run code of the checkpoint.
     """
     model = decoder.model
-    place = torch.device(device) if device else device_of(model)
-    tokens = proof_tokens(decoder, place) if length is None else proof_tokens(decoder, place, blocks=1, length=length)
+    tokens = proof_tokens(decoder) if length is None else proof_tokens(decoder, blocks=1, length=length)
     logits = reference_logits(decoder, segment, tokens).float().cpu().contiguous()
-    removed = {id(p) for i in range(segment.start, segment.stop) for p in decoder.layers[i].parameters()}
-    shared = {
-        id(p) for name, p in model.named_parameters(remove_duplicate=False) if not _inside(name, decoder, segment)
-    }
-    gone = removed - shared
+    named = model.named_parameters(remove_duplicate=False)
+    kept = {id(parameter): parameter.numel() for name, parameter in named if not _inside(name, decoder, segment)}
     return Expected(
         tokens.cpu(),
         logits,
-        sum(p.numel() for p in model.parameters() if id(p) not in gone),
+        sum(kept.values()),
         is_tied(model),
         str(next(model.parameters()).dtype).removeprefix("torch."),
-        place.type,
+        tokens.device.type,
         _attention_of(model.config),
         auto_class(model.config).__name__,
         trust_remote_code,
@@ -127,8 +124,8 @@ def _attention_of(config: Any) -> str | None:
 
 
 def _inside(name: str, decoder: Decoder, segment: Segment) -> bool:
-    index = name.removeprefix(f"{decoder.path}.").partition(".")[0] if name.startswith(f"{decoder.path}.") else ""
-    return index.isdecimal() and segment.start <= int(index) < segment.stop
+    index, _ = layer_in(name, f"{decoder.path}.")
+    return bool(index) and segment.start <= int(index) < segment.stop
 
 
 def prove_logits(
@@ -213,25 +210,21 @@ def prove_twin(
             raise UserError(reason + own) from error
 
 
-@torch.no_grad()
 def _generates_alike(model: Any) -> bool:
     """Whether an uncut model's greedy tokens are the same with a cache as without."""
     tokens = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(0))
-    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
     try:
-        cached, uncached = (model.generate(tokens, use_cache=flag, **settings) for flag in (True, False))
+        return generates_alike(model, tokens)
     except REFUSALS:
         return False
-    return torch.equal(cached, uncached)
 
 
 def _expect_or_refuse(decoder: Decoder, segment: Segment, trust_remote_code: bool) -> Expected:
     try:
         return expect(decoder, segment, trust_remote_code=trust_remote_code)
     except REFUSALS as error:
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"layers of {type(decoder.model).__name__} read what layers before them left ({reason})"
+            f"layers of {type(decoder.model).__name__} read what layers before them left ({one_line(error)})"
             f" - {segment} cannot be cut"
         ) from error
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,17 +61,21 @@ class Weights:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that transformers would read, each checked to be whole.
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Return the safetensors files that transformers would read, each checked to be whole, and {tensor: shard}.
+
+    The latter is what an index says, and empty where a single file needs none.
 
     Raises:
         UserError: none, pickles only, a damaged file, or an index that is damaged or names shards that are not there.
     """
     _refuse_other_names(folder)
+    weight_map: dict[str, str] = {}
     if (folder / SINGLE).is_file():
         files = [folder / SINGLE]
     elif (folder / INDEX).is_file():
-        files = [folder / shard for shard in sorted(set(_weight_map(folder).values()))]
+        weight_map = _weight_map(folder)
+        files = [folder / shard for shard in sorted(set(weight_map.values()))]
     else:
         pickled = any((folder / name).is_file() for name in PICKLES)
         found = (
@@ -87,7 +90,7 @@ def weight_files(folder: Path) -> list[Path]:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"file {file} is truncated or damaged ({error}) - fetch it again") from error
-    return files
+    return files, weight_map
 
 
 def _refuse_other_names(folder: Path) -> None:
@@ -137,10 +140,11 @@ def read_weights(folder: str | Path) -> Weights:
     """Read every header of a checkpoint folder; no tensor is read.
 
     Raises:
-        UserError: as `weight_files`; also a tensor that is stored twice, or an index that disagrees with its shards.
+        UserError: none, pickles only, a damaged file, an index that is damaged, names shards that are not there or
+            disagrees with those that are, or a tensor that is stored twice.
     """
     folder = Path(folder)
-    files = weight_files(folder)
+    files, weight_map = _weight_files(folder)
     tensors: dict[str, Stored] = {}
     metadata: dict[str, dict[str, str]] = {}
     for file in files:
@@ -150,12 +154,9 @@ def read_weights(folder: str | Path) -> Weights:
             if twin := tensors.get(tensor.name):
                 raise UserError(f"tensor {tensor.name} is in {twin.file.name} and in {file.name} - keep one of them")
             tensors[tensor.name] = tensor
-    if files[0].name != SINGLE:
-        named = _weight_map(folder)
-        wrong = sorted(
-            n for n in named.keys() | tensors.keys() if n not in tensors or named.get(n) != tensors[n].file.name
-        )
-        if wrong:
+    if weight_map:
+        stored = {name: tensor.file.name for name, tensor in tensors.items()}
+        if wrong := sorted({name for name, _ in weight_map.items() ^ stored.items()}):
             raise UserError(
                 f"index {folder / INDEX} disagrees with its shards about {len(wrong)} tensors ({wrong[0]}, ...)"
                 " - fetch the checkpoint again"
@@ -183,11 +184,11 @@ def copy_weights(weights: Weights, renamed: dict[str, str], out: Path) -> Weight
 
     Memory: one buffer of BUFFER_BYTES, whatever the size of a tensor.
     """
-    shards = {
-        name: [t for t in weights.tensors.values() if t.file.name == name and t.name in renamed]
-        for name in weights.metadata
-    }
-    shards = {name: sorted(tensors, key=lambda t: t.begin) for name, tensors in shards.items() if tensors}
+    shards: dict[str, list[Stored]] = {name: [] for name in weights.metadata}
+    for tensor in sorted(weights.tensors.values(), key=lambda tensor: tensor.begin):
+        if tensor.name in renamed:
+            shards[tensor.file.name].append(tensor)
+    shards = {name: tensors for name, tensors in shards.items() if tensors}
     index: dict[str, str] = {}
     for number, (name, tensors) in enumerate(shards.items(), start=1):
         target = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -268,8 +269,3 @@ def digests(tensors: Iterable[Stored]) -> list[str]:
     """Return the sha256 of many tensors, in their order; hashing leaves the interpreter, so threads help."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         return list(pool.map(digest, tensors))
-
-
-def num_values(tensors: Iterable[Stored]) -> int:
-    """Return the numbers that tensors hold, as their shapes say."""
-    return sum(math.prod(tensor.shape) for tensor in tensors)

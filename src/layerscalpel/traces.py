@@ -1,7 +1,7 @@
 """Every trace that a layer leaves in a config, and how a cut changes it.
 
 A trace is the layer count, a list of one item a layer, a list of layer numbers, or a depth ("dense below layer 3"). The
-names grow with every release, so they are told by their form first; `cut.plan_cut` then compares what the family makes
+names grow with every release, so they are told by their form first; `plan.plan_cut` then compares what the family makes
 of the cut config, layer by layer, and asks `repairs` for other readings of a number where the plain one does not fit.
 
 Source: this project, docs/methods.md#cut.
@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from layerscalpel.errors import UserError
+from layerscalpel.errors import UserError, one_line
 from layerscalpel.layers import REFUSALS, count_field
 from layerscalpel.segment import Segment
 
@@ -54,9 +54,8 @@ def cut_config(config: Any, segment: Segment, *, instead: dict[str, Any] | None 
     try:
         fresh = type(text)(**{**values, **changed})
     except REFUSALS as error:
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"{type(text).__name__} refuses the cut config: {reason} - this segment cannot be cut"
+            f"{type(text).__name__} refuses the cut config: {one_line(error)} - this segment cannot be cut"
         ) from error
     fresh._attn_implementation = text._attn_implementation
     for quantised in (fresh, outer):

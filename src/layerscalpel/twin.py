@@ -21,10 +21,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from layerscalpel.errors import UserError
+from layerscalpel import layers
+from layerscalpel.decoder import num_parameters
+from layerscalpel.errors import UserError, one_line
 from layerscalpel.origin import auto_class
 
 KINDS: dict[str, str] = {
@@ -80,9 +81,8 @@ MOST_NUMBERS = 20_000_000
 """What a twin may hold; all but a few hold less than two million."""
 DROPPED = ("quantization_config", "transformers_version", "auto_map", "dtype")
 """Fields that a float32 model of random weights has no use for."""
-REFUSALS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
-REFUSALS += (ValueError, StrictDataclassError)
-"""What config and model classes raise when they refuse their sizes."""
+REFUSALS = (*layers.REFUSALS, ImportError)
+"""What config and model classes raise when they refuse their sizes, or lack a package."""
 
 
 def twin_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
@@ -96,7 +96,7 @@ def twin_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         try:
             with torch.device("meta"):  # count before memory is taken: a size of no known kind stayed as it was
-                count = sum(parameter.numel() for parameter in auto_class(tiny).from_config(tiny).parameters())
+                count = num_parameters(auto_class(tiny).from_config(tiny))
             if count > MOST_NUMBERS:
                 raise ValueError(f"it would hold {count:,} numbers, and {MOST_NUMBERS:,} are allowed")
             model = auto_class(tiny).from_config(tiny).float().eval()
@@ -121,7 +121,7 @@ def twin_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _refusal(config: PreTrainedConfig, error: Exception) -> UserError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = one_line(f"{type(error).__name__}: {error}")
     return UserError(
         f"a tiny twin of {type(config).__name__} cannot be built: {reason} - prove the cut on the model itself"
     )
