@@ -6,13 +6,15 @@ Measured on two busy cores: tests/test_layers.py takes 11 s on one thread and 17
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the fresh processes too
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the default tier is the CPU's, wherever it runs
+if "gpu" not in sys.argv:  # as in pytest -m gpu
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the default tier is the CPU's, wherever it runs
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="layerscalpel-")  # for code that comes with checkpoints

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ from families import tokens
 from torch import Tensor, nn
 
 from layerscalpel.data import TokenBlocks
+from layerscalpel.layers import Decoder
+from layerscalpel.streams import Removal
 
 Change = Callable[[Tensor, Tensor], Tensor]
 LAST_PROJECTIONS = ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc2")
@@ -63,3 +66,25 @@ def random_blocks(count: int, length: int = 16, seed: int = 1, labelled_fraction
     labelled = torch.rand(count, length, generator=torch.Generator().manual_seed(seed + 1000)) < labelled_fraction
     labelled[:, 0] = False
     return TokenBlocks(tokens(count, length, seed), labelled, "random", count, {})
+
+
+@torch.no_grad()
+def naive_scores(decoder: Decoder, ids: Tensor, removals: list[Removal]) -> Tensor:
+    """Return the KL [R, N] from one full forward per removal."""
+    parent, rows = decoder.model(ids, use_cache=False).logits, []
+    for removal in removals:
+        with changed_layers(decoder.layers, dict.fromkeys(removal, lambda given, _output: given)):
+            rows.append(mean_kl(parent, decoder.model(ids, use_cache=False).logits))
+    return torch.stack(rows)
+
+
+def one_by_one(decoder: Decoder, turns: list[int] | None = None) -> Decoder:
+    """Return the decoder as if its layers came in one by one; `turns` gets the number of each that came."""
+
+    def resident() -> Iterator[int]:
+        for i in range(len(decoder)):
+            if turns is not None:
+                turns.append(i)
+            yield i
+
+    return dataclasses.replace(decoder, resident=resident)

@@ -11,22 +11,11 @@ from families import COMMON, FAMILIES, tiny, tokens
 from torch import nn
 from transformers import AutoConfig, BartConfig, GPT2Config, LlamaConfig, MllamaForCausalLM, PreTrainedConfig
 
-from layerscalpel import layers
+from layerscalpel import hooks
 from layerscalpel.errors import UserError
-from layerscalpel.layers import (
-    Decoder,
-    bypass,
-    count_field,
-    find_layer_list,
-    find_layers,
-    head_logits,
-    hidden_at,
-    hidden_in,
-    inject,
-    num_layers_of,
-    replay,
-    resume_from,
-)
+from layerscalpel.hooks import bypass, head_logits, hidden_at, hidden_in, inject, replay, resume_from
+from layerscalpel.layers import Decoder, count_field, find_layer_list, num_layers_of
+from layerscalpel.probe import find_layers
 from layerscalpel.segment import Segment
 
 every_family = pytest.mark.parametrize(
@@ -68,7 +57,7 @@ def step_errors(decoder: Decoder, batch: int, **kwargs: object) -> list[float]:
     """Return, for every layer, how far stepping stacked streams is from stepping each alone."""
     streams, errors = differing_streams(decoder, batch), []
 
-    def visit(_i: int, _hidden: torch.Tensor, step: layers.Step) -> None:
+    def visit(_i: int, _hidden: torch.Tensor, step: hooks.Step) -> None:
         alone = torch.cat([step(stream) for stream in streams.split(batch)])
         errors.append((step(streams) - alone).abs().max().item())
 
@@ -212,7 +201,7 @@ def test_alibi_grows_with_the_batch():
 def test_a_step_of_the_layers_own_input_is_its_output(family):
     decoder, entered, stepped = decoder_of(family), [], []
 
-    def visit(_i: int, hidden: torch.Tensor, step: layers.Step) -> None:
+    def visit(_i: int, hidden: torch.Tensor, step: hooks.Step) -> None:
         entered.append(hidden)
         stepped.append(step(hidden))
 
@@ -248,14 +237,14 @@ def test_stacked_streams_keep_the_positions_of_rows(family):
 @pytest.mark.parametrize("family", ["llama", "bloom", "gemma2"])
 @pytest.mark.parametrize("at_once", [1, 3 * 16, 6 * 16])
 def test_the_size_of_a_group_does_not_matter(family, at_once, monkeypatch):
-    monkeypatch.setitem(layers.STACKED_TOKENS, "cpu", at_once)
+    monkeypatch.setitem(hooks.STACKED_TOKENS, "cpu", at_once)
     assert max(step_errors(decoder_of(family), 3)) < 2e-5
 
 
 def test_a_step_does_not_visit_again():
     visited = []
 
-    def visit(i: int, hidden: torch.Tensor, step: layers.Step) -> None:
+    def visit(i: int, hidden: torch.Tensor, step: hooks.Step) -> None:
         visited.append(i)
         step(hidden)
 
@@ -363,7 +352,7 @@ def test_nothing_is_left_after_an_exception():
     decoder, ids = decoder_of("llama"), tokens()
     hidden = hidden_at(decoder, ids, 4)
 
-    def fail(_i: int, _hidden: torch.Tensor, _step: layers.Step) -> None:
+    def fail(_i: int, _hidden: torch.Tensor, _step: hooks.Step) -> None:
         raise ArithmeticError
 
     within = [replay(decoder, fail), bypass(decoder, Segment(2, 4, 8))]
