@@ -11,10 +11,11 @@ from families import tiny, tokens
 from planted import mean_kl, silence, without
 from torch import Tensor
 
-from layerscalpel import exact, layers, losses
+from layerscalpel import exact, hooks, losses
 from layerscalpel.errors import UserError
 from layerscalpel.exact import WindowScores, score_windows
-from layerscalpel.layers import Decoder, find_layers
+from layerscalpel.layers import Decoder
+from layerscalpel.probe import find_layers
 
 FAMILIES = ("llama", "gemma3_text", "gpt2", "bloom", "opt")
 ROUNDING = 1e-5
@@ -55,7 +56,7 @@ def test_scores_do_not_depend_on_how_streams_are_stacked(
 ) -> None:
     decoder, ids = find_layers(tiny(family)), tokens(2)
     whole = score_windows(decoder, ids, num_removed=2).kl_WN
-    monkeypatch.setitem(layers.STACKED_TOKENS, "cpu", stacked)
+    monkeypatch.setitem(hooks.STACKED_TOKENS, "cpu", stacked)
     torch.testing.assert_close(score_windows(decoder, ids, num_removed=2).kl_WN, whole, rtol=0, atol=ROUNDING)
 
 
@@ -157,7 +158,7 @@ def test_nan_embedding_is_refused_by_name() -> None:
 def test_one_block_has_no_error_and_its_json_no_nan() -> None:
     scores = score_windows(find_layers(tiny("llama")), tokens(1), num_removed=2)
     found = json.loads(json.dumps(scores.to_dict(), allow_nan=False))
-    assert found["3"] == {"kl_nats": scores.mean(3).value, "se": None}
+    assert found["3"] == {"kl_nats": scores.mean(3).value, "se": None, "num_blocks": 1}
     assert json.loads(json.dumps(scores.margin(3, 4).to_dict(), allow_nan=False))["se"] is None
 
 
@@ -175,6 +176,6 @@ def test_window_without_which_the_model_overflows_is_refused_by_name() -> None:
     decoder = find_layers(tiny("llama"))
     for i, scale in {3: 1e30, 4: 1e-30, 5: 1e10, 6: 1e-10}.items():
         decoder.layers[i].forward = lambda hidden, *_args, scale=scale, **_kwargs: hidden * scale
-    with pytest.raises(UserError, match=r"without the segment \[4, 5\) .* is not finite"):
+    with pytest.raises(UserError, match=r"without layer 4 \(segment \[4, 5\).* is not finite"):
         score_windows(decoder, tokens(2), num_removed=1)
     assert score_windows(decoder, tokens(2), num_removed=1, starts=[0, 7]).best() in (0, 7)

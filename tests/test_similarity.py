@@ -11,7 +11,7 @@ from families import tiny, tokens
 from planted import silence
 
 from layerscalpel.errors import UserError
-from layerscalpel.layers import find_layers
+from layerscalpel.probe import find_layers
 from layerscalpel.similarity import boundary_cosines
 
 ANGLE_ROUNDING = 3e-4

@@ -1,13 +1,13 @@
-"""Score every window of n layers in one parent forward.
+"""Score candidate cuts in one parent forward.
 
-The window that starts at s skips the layers [s, s + n): its stream is the parent's hidden state at boundary s, entered
-into layer s + n. While the parent runs, each layer i therefore also advances the streams s = 0 .. i - n, stacked in the
-batch: (L - n)(L - n + 1) / 2 layer passes beside the parent's L, in place of the (L - n) W of one forward per window.
-At the end each stream goes through the model's own head, chunk by chunk, and is compared with the parent.
+The score of a cut is the mean over tokens of KL(parent || parent without the layers), in nats. While the parent runs,
+every candidate is advanced beside it (streams.py): for the windows of n layers (L - n)(L - n + 1) / 2 layer passes
+beside the parent's L, in place of the (L - n) W of one forward per window. At the end each candidate goes through the
+model's own head, chunk by chunk, and is compared with the parent.
 
 Source: this project, docs/methods.md#exact.
 
-Dimensions: W windows, N blocks, B blocks at once, T tokens, D hidden size, V vocabulary.
+Dimensions: R removals, W windows, N blocks, B blocks at once, T tokens, D hidden size, V vocabulary.
 
     scores = score_windows(decoder, blocks.tokens, num_removed=6)
     scores.mean(13)  # Measured(value=0.72, se=0.01, n=65536), nats
@@ -15,16 +15,21 @@ Dimensions: W windows, N blocks, B blocks at once, T tokens, D hidden size, V vo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from layerscalpel import parallel
 from layerscalpel.errors import UserError
-from layerscalpel.layers import Decoder, Step, device_of, head_logits, hidden_at, replay, require_finite
+from layerscalpel.hooks import Step, Visit, head_logits
+from layerscalpel.layers import Decoder
 from layerscalpel.losses import Measured, block_mean, kl_to_parent, log_probabilities, token_chunks
-from layerscalpel.progress import track
+from layerscalpel.passes import VisitOf, nobody, pass_blocks
+from layerscalpel.segment import segments_of, spoken
+from layerscalpel.streams import Removal, Streams, window
 
 
 @dataclass(frozen=True)
@@ -34,30 +39,41 @@ class WindowScores:
     starts: tuple[int, ...]
     num_removed: int
     kl_WN: Tensor
-    """Mean KL over a block's tokens, in nats, float64, on the CPU."""
+    """Mean KL over a block's tokens, in nats, float64, on the CPU; NaN where a window did not see a block."""
     block_tokens: int
 
+    def blocks(self, start: int) -> int:
+        """Return how many blocks a window saw: the first ones."""
+        return int(self._row(start).isfinite().sum())
+
     def mean(self, start: int) -> Measured:
-        """Return the mean KL of the window that begins at `start`."""
-        row = self.kl_WN[self.starts.index(start)]
-        return block_mean(row, torch.full_like(row, self.block_tokens))
+        """Return the mean KL of the window that begins at `start`, over the blocks it saw."""
+        return self._over_blocks(self._row(start))
 
     def best(self) -> int:
         """Return the start with the lowest mean KL, the smaller one of equals."""
-        return self.starts[int(self.kl_WN.mean(dim=1).argmin())]
+        return self.starts[int(self.kl_WN.nanmean(dim=1).argmin())]
 
     def margin(self, start: int, other: int) -> Measured:
-        """Return the mean of KL(other) - KL(start), paired over blocks."""
-        difference = self.kl_WN[self.starts.index(other)] - self.kl_WN[self.starts.index(start)]
-        return block_mean(difference, torch.full_like(difference, self.block_tokens))
+        """Return the mean of KL(other) - KL(start), paired over the blocks that both saw."""
+        return self._over_blocks(self._row(other) - self._row(start))
 
-    def to_dict(self) -> dict[str, dict[str, float | None]]:
-        """Return {start: {kl_nats, se}}."""
-        means = {start: self.mean(start).to_dict() for start in self.starts}
-        return {str(start): {"kl_nats": mean["value"], "se": mean["se"]} for start, mean in means.items()}
+    def to_dict(self) -> dict[str, dict[str, float | int | None]]:
+        """Return {start: {kl_nats, se, num_blocks}}."""
+        found = {}
+        for start in self.starts:
+            mean = self.mean(start).to_dict()
+            found[str(start)] = {"kl_nats": mean["value"], "se": mean["se"], "num_blocks": self.blocks(start)}
+        return found
+
+    def _row(self, start: int) -> Tensor:
+        return self.kl_WN[self.starts.index(start)]
+
+    def _over_blocks(self, row: Tensor) -> Measured:
+        seen = row[row.isfinite()]
+        return block_mean(seen, torch.full_like(seen, self.block_tokens))
 
 
-@torch.no_grad()
 def score_windows(
     decoder: Decoder,
     tokens: Tensor,
@@ -76,58 +92,80 @@ def score_windows(
         starts: the windows to score; None is all, 0 .. L - n.
 
     Raises:
-        UserError: the output of a layer, or of the model without a window, is not finite.
+        UserError: as `score`.
     """
     wanted = tuple(sorted(set(starts))) if starts is not None else tuple(range(len(decoder) - num_removed + 1))
-    batches = tokens.split(batch_size)
-    scored = [
-        _score_batch(decoder, batch.to(device_of(decoder.model)), num_removed, wanted)
-        for batch in track(batches, f"exact search n={num_removed}", len(batches))
-    ]
-    return WindowScores(wanted, num_removed, torch.cat(scored, dim=1), tokens.shape[1])
+    kl_WN = score(decoder, tokens, [window(start, num_removed) for start in wanted], batch_size=batch_size)
+    return WindowScores(wanted, num_removed, kl_WN, tokens.shape[1])
 
 
-def _score_batch(decoder: Decoder, tokens_BT: Tensor, num_removed: int, starts: tuple[int, ...]) -> Tensor:
-    """Return the KL [W, B] of a batch, float64 on the CPU."""
-    streams = _Streams(num_removed, starts)
-    with replay(decoder, streams.visit):
-        parent_hidden = hidden_at(decoder, tokens_BT, len(decoder))
-    require_finite(len(decoder), parent_hidden)
-    sums = torch.zeros(len(starts), len(tokens_BT), dtype=torch.float64, device=tokens_BT.device)
-    batch, length = tokens_BT.shape
-    for part in token_chunks(batch, length, decoder.vocab_size, tokens_BT.device):
-        parent = log_probabilities(head_logits(decoder, parent_hidden[:, part]))
-        probs = parent.exp()
-        for row in range(len(starts)):
-            child = log_probabilities(head_logits(decoder, streams.hidden_WBTD[row, :, part]))
-            sums[row] += kl_to_parent(parent, child, probs).sum(-1)
-    void = [start for start, row in zip(starts, sums, strict=True) if not row.isfinite().all()]
-    if void:
-        window = f"[{void[0]}, {void[0] + num_removed})"
-        raise UserError(f"without the segment {window} the model's output is not finite - try another --dtype")
-    return sums.cpu() / tokens_BT.shape[1]
+@torch.no_grad()
+def score(
+    decoder: Decoder,
+    tokens: Tensor,
+    removals: Sequence[Removal],
+    *,
+    batch_size: int = 4,
+    store: MutableMapping[Hashable, Tensor] | None = None,
+    watch: VisitOf = nobody,
+) -> Tensor:
+    """Return KL(parent || parent without the layers) [R, N] per block, float64, on the CPU.
 
+    Where several processes were launched, each scores its share of the batches and all return the same.
 
-class _Streams:
-    """The hidden states of all windows while a parent forward passes by; row w is the window of starts[w].
+    Args:
+        decoder: the parent.
+        tokens: [N, T] token ids.
+        removals: the candidates, each a tuple of removed layers, ascending, not empty.
+        batch_size: blocks per parent forward; changes the scores by rounding only.
+        store: where hidden states wait while layers come in one by one.
+        watch: gives a further visitor for each batch of this process.
 
-    A row is filled when its boundary passes, waits for its window to end, and is advanced by every layer after it.
+    Raises:
+        UserError: the output of a layer, or of the model without the layers, is not finite.
     """
+    size = min(batch_size, math.ceil(len(tokens) / parallel.world()))
+    spans = [slice(at, at + size) for at in range(0, len(tokens), size)][parallel.rank() :: parallel.world()]
+    store = {} if store is None else store
+    streams: dict[int, Streams] = {}
 
-    def __init__(self, num_removed: int, starts: tuple[int, ...]) -> None:
-        self.num_removed = num_removed
-        self.starts = starts
-        self.hidden_WBTD = torch.empty(0)
+    def visit_of(number: int) -> Visit:
+        streams[number] = Streams(removals, len(decoder), store=store, name=number)
+        return _both(streams[number].visit, watch(number))
 
-    def visit(self, i: int, hidden_BTD: Tensor, step: Step) -> None:
-        require_finite(i, hidden_BTD)
-        self.enter(i, hidden_BTD)
-        live = sum(start + self.num_removed <= i for start in self.starts)  # starts are ascending
-        if live:
-            self.hidden_WBTD[:live] = step(self.hidden_WBTD[:live].flatten(0, 1)).unflatten(0, (live, -1))
+    kl_RN = torch.zeros(len(removals), len(tokens), dtype=torch.float64)
+    passed = pass_blocks(
+        decoder, [tokens[span] for span in spans], visit_of, store=store, label=f"{len(removals)} candidates"
+    )
+    for number, parent_BTD in passed:
+        kl_RN[:, spans[number]] = _compare(decoder, parent_BTD, streams.pop(number), removals)
+    return parallel.add_up(kl_RN)
 
-    def enter(self, boundary: int, hidden_BTD: Tensor) -> None:
-        if self.hidden_WBTD.numel() == 0:
-            self.hidden_WBTD = hidden_BTD.new_empty(len(self.starts), *hidden_BTD.shape)
-        if boundary in self.starts:
-            self.hidden_WBTD[self.starts.index(boundary)] = hidden_BTD
+
+def _both(first: Visit, second: Visit) -> Visit:
+    def visit(i: int, hidden_BTD: Tensor, step: Step) -> None:
+        first(i, hidden_BTD, step)
+        second(i, hidden_BTD, step)
+
+    return visit
+
+
+def _compare(decoder: Decoder, parent_BTD: Tensor, streams: Streams, removals: Sequence[Removal]) -> Tensor:
+    """Return the KL [R, B] of a batch from the hidden states at boundary L; the states are forgotten."""
+    batch, length = parent_BTD.shape[:2]
+    sums_CRB = []
+    for part in token_chunks(batch, length, decoder.vocab_size, parent_BTD.device):
+        parent = log_probabilities(head_logits(decoder, parent_BTD[:, part]))
+        probs = parent.exp()
+        rows = []
+        for removal in removals:
+            child = log_probabilities(head_logits(decoder, streams.final(removal)[:, part]))
+            rows.append(kl_to_parent(parent, child, probs).sum(-1))
+        sums_CRB.append(torch.stack(rows).cpu().double())
+    streams.forget()
+    kl_RB = torch.stack(sums_CRB).sum(0) / length
+    void = [removal for removal, row in zip(removals, kl_RB, strict=True) if not row.isfinite().all()]
+    if void:
+        where = spoken(segments_of(void[0], len(decoder)))
+        raise UserError(f"without {where} the model's output is not finite - try another --dtype")
+    return kl_RB
