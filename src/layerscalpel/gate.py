@@ -11,30 +11,54 @@ so one start is a local search; many starts are therefore learned at once, as st
 The minima lie near half-open edges (two layers half removed cost less than one removed whole), so both whole neighbours
 of a learned start are worth scoring, not the rounded one alone.
 
-Where a gate is 1 to float32's last bit a stream still equals the parent, so it is computed only from its valley on.
+One step of all streams is in valley.py; a stream whose start has settled is not computed any more.
 
 Source: arXiv:2510.23652; the many starts are this project's, docs/methods.md#gate.
 
-Dimensions: S starts, B blocks, T tokens, D hidden size, L layers, N blocks.
+Dimensions: S starts, B blocks, T tokens, L layers, N blocks.
 
     path = learn_starts(decoder, tokens, num_removed=6, initial=[0.0, 12.0, 24.0])
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from layerscalpel.layers import Decoder, Step, device_of, head_logits, hidden_at, replay, require_finite
-from layerscalpel.losses import kl_to_parent, log_probabilities, token_chunks
-from layerscalpel.progress import track
+from layerscalpel.layers import Decoder, device_of
+from layerscalpel.progress import say, track
+from layerscalpel.valley import backward_kl
 
-OPEN = 1e-7
-"""A gate closer to 1 than this changes no float32 hidden state."""
+Item = TypeVar("Item")
+STILL = 0.05
+"""A start that moves by less, in layers, has settled."""
+NEARLY_STEEP = 0.2
+"""No start settles before the steepness is this close to its last value: until then the loss itself changes."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the start indices are learned."""
+
+    steepness: tuple[float, float] = (1.0, 5.0)
+    """k at the first and the last step, geometric between; equal values switch annealing off."""
+    lr: float = 0.3
+    """Adam's learning rate at the first step, in layers; it falls linearly to 0."""
+    patience: int = 0
+    """Steps without movement after which a start has settled; 0 learns to the end."""
+    checkpointing: bool = False
+    """Keep only what enters each layer and compute the rest again in the backward pass."""
+
+    def steepness_at(self, share: float) -> float:
+        """Return k when a share 0..1 of the steps is done."""
+        first, last = self.steepness
+        return first * (last / first) ** share
 
 
 @dataclass(frozen=True)
@@ -42,11 +66,28 @@ class GatePath:
     """What the learning of the start indices left behind."""
 
     starts: list[list[float]]
-    """[steps + 1][S] the start index a before the first and after each step."""
-    losses: list[list[float]]
-    """[steps][S] mean KL of the gated model in nats."""
+    """[steps + 1][S] the start index a before the first and after each step; constant once it has settled."""
+    losses: list[list[float | None]]
+    """[steps][S] mean KL of the gated model in nats; None once the start has settled, since nothing is measured."""
     steepness: list[float]
     """[steps] k."""
+
+    @classmethod
+    def merged(cls, paths: Sequence[GatePath]) -> GatePath:
+        """Join what several processes learned from the same blocks: path r of w learned the starts r, r + w, ...
+
+        A path that ended earlier, because all of its starts had settled, is extended to the longest.
+        """
+        steepness = max((path.steepness for path in paths), key=len)
+        whole = [path._extended(len(steepness)) for path in paths]
+        starts = [_dealt(rows) for rows in zip(*(path.starts for path in whole), strict=True)]
+        losses = [_dealt(rows) for rows in zip(*(path.losses for path in whole), strict=True)]
+        return cls(starts, losses, steepness)
+
+    def _extended(self, steps: int) -> GatePath:
+        more = steps - len(self.losses)
+        nothing: list[float | None] = [None] * len(self.starts[0])
+        return GatePath(self.starts + self.starts[-1:] * more, self.losses + [nothing] * more, self.steepness)
 
     def ends(self, last_start: int) -> list[int]:
         """Return the rounded final start of each stream, kept within 0..last_start (the paper's choice)."""
@@ -57,12 +98,10 @@ class GatePath:
         return [(max(0, math.floor(a)), min(math.ceil(a), last_start)) for a in self.starts[-1]]
 
 
-def gate_values(start_S: Tensor, num_layers: int, num_removed: int, steepness: float) -> Tensor:
-    """Return the gates [S, L], in 0..1, of valleys that start at `start_S`."""
-    layer_L = torch.arange(num_layers, dtype=start_S.dtype, device=start_S.device)
-    rise = torch.sigmoid(steepness * (layer_L - start_S[:, None] + 0.5))
-    fall = torch.sigmoid(steepness * (start_S[:, None] + num_removed - 0.5 - layer_L))
-    return 1 - rise * fall
+def _dealt(rows: Sequence[list[Item]]) -> list[Item]:
+    """Return the first item of each row, then the second of each, and so on."""
+    turns = [divmod(turn, len(rows)) for turn in range(sum(map(len, rows)))]
+    return [rows[rank][column] for column, rank in turns]
 
 
 def spread_starts(num_starts: int, last_start: int, initial: float | None = None) -> list[float]:
@@ -73,99 +112,73 @@ def spread_starts(num_starts: int, last_start: int, initial: float | None = None
 
 
 def learn_starts(
-    decoder: Decoder,
-    tokens: Tensor,
-    *,
-    num_removed: int,
-    initial: Sequence[float],
-    steepness: tuple[float, float] = (1.0, 5.0),
-    lr: float = 0.3,
+    decoder: Decoder, tokens: Tensor, *, num_removed: int, initial: Sequence[float], **learning: Any
 ) -> GatePath:
-    """Learn start indices, one Adam step per block, one pass over the blocks; the learning rate falls linearly to 0.
+    """Learn start indices, one Adam step per block, one pass over the blocks.
+
+    A start settles when it moved by less than 0.05 layers over the last `patience` steps and k is within 20 % of its
+    last value; its stream then costs nothing. When all have settled, learning ends.
 
     Args:
         decoder: the parent; its weights are neither changed nor given gradients.
         tokens: [N, T] token ids.
         num_removed: n.
-        initial: the S starts, 0 .. L - n.
-        steepness: k at the first and the last step, geometric between; equal values switch annealing off.
-        lr: Adam's learning rate at the first step, in layers.
+        initial: the S starts, 0 .. L - n; none is allowed.
+        **learning: fields of `Learning`.
+
+    Raises:
+        UserError: the output of a layer or of a gated model, or its gradient, is not finite.
     """
-    start_S = torch.tensor(list(initial), dtype=torch.float64, device=_float64_device(decoder), requires_grad=True)
-    adam = torch.optim.Adam([start_S], lr=lr)
-    first, last = steepness
-    path = GatePath([start_S.tolist()], [], [])
-    frozen = [parameter for parameter in decoder.model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        for done, block in enumerate(track(tokens, f"gate n={num_removed}", len(tokens))):
-            k = first * (last / first) ** (done / max(1, len(tokens) - 1))
-            adam.param_groups[0]["lr"] = lr * (1 - done / len(tokens))
+    path, how = GatePath([[float(start) for start in initial]], [], []), Learning(**learning)
+    label = f"gate n={num_removed}"
+    if not initial:
+        return path
+    start_S = torch.tensor(path.starts[0], dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([start_S], lr=how.lr)
+    moving_S = torch.ones(len(initial), dtype=torch.bool)
+    with _frozen(decoder.model):
+        for done, block in enumerate(track(tokens, label, len(tokens))):
+            k = how.steepness_at(done / max(1, len(tokens) - 1))
+            tokens_BT = block[None].to(device_of(decoder.model))
             adam.zero_grad()
-            losses = _backward(decoder, block[None].to(device_of(decoder.model)), start_S, num_removed, k)
-            adam.step()
-            with torch.no_grad():
-                start_S.clamp_(0, len(decoder) - num_removed)
-            path.losses.append(losses)
+            losses = iter(backward_kl(decoder, tokens_BT, start_S[moving_S], num_removed, k, how.checkpointing))
+            adam.param_groups[0]["lr"] = how.lr * (1 - done / len(tokens))
+            _move(adam, start_S, moving_S, len(decoder) - num_removed)
+            path.losses.append([next(losses) if moves else None for moves in moving_S.tolist()])
             path.steepness.append(k)
             path.starts.append(start_S.tolist())
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+            moving_S = moving_S & ~_still(path, how)
+            if not moving_S.any() and done + 1 < len(tokens):
+                say(f"{label}: all starts have settled after {done + 1} of {len(tokens)} steps")
+                break
     return path
 
 
-def _float64_device(decoder: Decoder) -> torch.device:
-    device = device_of(decoder.model)
-    return torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Within, no weight asks for a gradient."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
-def _backward(decoder: Decoder, tokens_BT: Tensor, start_S: Tensor, num_removed: int, steepness: float) -> list[float]:
-    """Add the gradient of every stream's mean KL to `start_S.grad`; return the KL of each."""
-    gate_SL = gate_values(start_S, len(decoder), num_removed, steepness)
-    streams = _GatedStreams(gate_SL)
-    with torch.no_grad(), replay(decoder, streams.visit):
-        parent_hidden = hidden_at(decoder, tokens_BT, len(decoder))
-    require_finite(len(decoder), parent_hidden)
-    hidden_SBTD = streams.hidden_SBTD.detach().requires_grad_()
-    sums = torch.zeros(len(gate_SL), device=tokens_BT.device)
-    batch, length = tokens_BT.shape
-    for part in token_chunks(batch, length, decoder.vocab_size, tokens_BT.device):
-        with torch.no_grad():
-            parent = log_probabilities(head_logits(decoder, parent_hidden[:, part]))
-        for row in range(len(gate_SL)):
-            kl = kl_to_parent(parent, log_probabilities(head_logits(decoder, hidden_SBTD[row, :, part]))).sum()
-            kl.div(tokens_BT.numel()).backward()  # frees the chunk's logits at once
-            sums[row] += kl.detach()
-    streams.hidden_SBTD.backward(hidden_SBTD.grad)
-    in_order = (sums / tokens_BT.numel()).tolist()
-    return [in_order[streams.order.index(row)] for row in range(len(in_order))]
+@torch.no_grad()
+def _move(adam: torch.optim.Optimizer, start_S: Tensor, moving_S: Tensor, last_start: int) -> None:
+    """Take one step with the moving starts; the others, which momentum would carry on, stay."""
+    before_S = start_S.clone()
+    adam.step()
+    start_S.copy_(torch.where(moving_S, start_S.clamp(0, last_start), before_S))
 
 
-class _GatedStreams:
-    """Streams of gated models while the parent passes by, in the order in which their valleys begin."""
-
-    def __init__(self, gate_SL: Tensor) -> None:
-        closing = (1 - gate_SL.detach() > OPEN).cpu()
-        begins = [int(row.nonzero()[0]) if row.any() else gate_SL.shape[1] - 1 for row in closing]
-        self.order = sorted(range(len(begins)), key=lambda row: begins[row])
-        self.begins = sorted(begins)
-        self.gate_SL = gate_SL[self.order]
-        self.hidden_SBTD = torch.empty(0)
-
-    def visit(self, i: int, hidden_BTD: Tensor, step: Step) -> None:
-        require_finite(i, hidden_BTD)
-        entering = self.begins.count(i)
-        if entering:
-            fresh = hidden_BTD.expand(entering, *hidden_BTD.shape)
-            with torch.enable_grad():  # the streams that are under way keep their graph
-                self.hidden_SBTD = torch.cat([self.hidden_SBTD, fresh]) if self.hidden_SBTD.numel() else fresh.clone()
-        live = sum(begin <= i for begin in self.begins)
-        if not live:
-            return
-        with torch.enable_grad():
-            before = self.hidden_SBTD
-            after = step(before.flatten(0, 1)).unflatten(0, (live, -1))
-            gate = self.gate_SL[:live, i].to(before)[:, None, None, None]
-            self.hidden_SBTD = before + gate * (after - before)
+def _still(path: GatePath, how: Learning) -> Tensor:
+    """Tell which starts [S] have not moved for long enough."""
+    recent = torch.tensor(path.starts[-how.patience - 1 :])
+    far = abs(path.steepness[-1] - how.steepness[1]) > NEARLY_STEEP * how.steepness[1]
+    if not how.patience or len(recent) <= how.patience or far:
+        return torch.zeros(recent.shape[1], dtype=torch.bool)
+    return recent.amax(0) - recent.amin(0) < STILL
