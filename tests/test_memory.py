@@ -1,7 +1,9 @@
-"""Free memory is what the tightest control group leaves, with its cached files counted as free."""
+"""Free memory is what the tightest control group leaves, with its cached files counted as free; buffers end."""
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from pathlib import Path
 
 import psutil
@@ -46,3 +48,24 @@ def test_groups_of_the_first_version_are_read(monkeypatch, tmp_path):
     old = group(tmp_path, memory__limit_in_bytes=2000, memory__usage_in_bytes=1500, memory__stat=stat)
     monkeypatch.setattr(memory, "_limits", lambda: [old])
     assert free_bytes(CPU) == 2000 - 1500 + 30 + 7
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 10_000])
+def test_a_host_buffer_is_given_back_with_its_last_view(monkeypatch, num_bytes):
+    made = []
+
+    def make(*size: int) -> mmap.mmap:
+        pages = original(*size)
+        made.append(weakref.ref(pages))
+        return pages
+
+    original = mmap.mmap
+    monkeypatch.setattr(memory.mmap, "mmap", make)
+    buffer = memory.host_buffer(num_bytes, torch.device("cpu"))
+    assert (buffer.dtype, buffer.shape) == (torch.uint8, (num_bytes,))
+    view = buffer[num_bytes // 2 :].fill_(7)
+    del buffer
+    assert [pages() is not None for pages in made] == [True] * (num_bytes > 0)
+    assert view.eq(7).all()
+    del view
+    assert all(pages() is None for pages in made)

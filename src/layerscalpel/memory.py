@@ -1,11 +1,15 @@
-"""How much memory is free, within the limit of the container if there is one."""
+"""Host memory: how much is free, within the limit of the container if there is one, and buffers of it."""
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -46,3 +50,31 @@ def _room(group: Path) -> int:
             continue
         return free + sum(int(lines.get(name, 0)) for name in caches)
     return 1 << 62
+
+
+def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
+    """Return bytes of host memory that are given back with the last view of them.
+
+    For CUDA they are page-locked, which makes copies several times as fast and lets them run beside other work. torch's
+    own page-locked memory comes in powers of two, up to twice of what is asked for; this comes in pages.
+    """
+    if not num_bytes:
+        return torch.empty(0, dtype=torch.uint8)
+    pages = mmap.mmap(-1, num_bytes)
+    buffer = torch.frombuffer(pages, dtype=torch.uint8)
+    if device.type == "cuda":
+        buffer.zero_()  # all cores take the pages; one alone does while it locks them, in twice the time
+        begin = buffer.data_ptr()
+        with torch.cuda.device(device):
+            torch.cuda.check_error(int(_runtime().cudaHostRegister(begin, num_bytes, 0)))
+        weakref.finalize(pages, _unlock, begin, device)
+    return buffer
+
+
+def _unlock(begin: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy may be on its way
+    torch.cuda.check_error(int(_runtime().cudaHostUnregister(begin)))
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()
