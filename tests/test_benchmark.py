@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from layerscalpel.benchmark import benchmark
 from layerscalpel.config import BenchmarkSettings
+from layerscalpel.errors import UserError
 
 SETTINGS = BenchmarkSettings(prompt_tokens=7, new_tokens=5, batch_size=2, repeats=3)
 WARM_UP = (100.0, 100.0)
@@ -101,3 +102,12 @@ def test_real_models_are_timed_and_described(family: str) -> None:
     assert (found["device"], found["dtype"], found["prompt_tokens"]) == ("cpu", "float32", 7)
     assert found["cut"]["decode_tokens_per_s"]["value"] > 0
     assert found["cut"]["decode_tokens_per_s"]["n"] == 3
+
+
+def test_model_without_keys_and_values_is_refused_by_name() -> None:
+    class Recurrent(Toy):
+        def forward(self, input_ids: Tensor, use_cache: bool, past_key_values: Any = None) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 11), cache_params=self.name)
+
+    with pytest.raises(UserError, match=r"Recurrent keeps no keys and values, .*benchmark.enabled=false"):
+        benchmark({"model": Recurrent("a", [])}, SETTINGS, clock=lambda: 0.0)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from layerscalpel.config import BenchmarkSettings
+from layerscalpel.errors import UserError
 from layerscalpel.layers import device_of
 from layerscalpel.losses import Measured
 from layerscalpel.progress import track
@@ -43,31 +44,36 @@ def benchmark(
             times = time_once(model, settings, seed=seed, clock=clock)
             if number:  # round 0 warms up
                 rounds[name].append(times)
-    first, device = next(iter(models)), device_of(next(iter(models.values())))
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(next(models[first].parameters()).dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "mode": "eager, growing cache",
-        "prompt_tokens": settings.prompt_tokens,
-        "new_tokens": settings.new_tokens,
-        "batch_size": settings.batch_size,
-    }
+    first = next(iter(models))
+    result: dict[str, Any] = {"mode": "eager, growing cache", **conditions(models[first], settings)}
     decoded = settings.batch_size * (settings.new_tokens - 1)
     for name, times in rounds.items():
         result[name] = {
-            "prefill_s": _median([prefill for prefill, _ in times]).to_dict(),
-            "decode_tokens_per_s": _median([decoded / decode for _, decode in times]).to_dict(),
+            "prefill_s": median([prefill for prefill, _ in times]).to_dict(),
+            "decode_tokens_per_s": median([decoded / decode for _, decode in times]).to_dict(),
         }
     if len(models) > 1:
         last = list(models)[-1]
         pairs = list(zip(rounds[first], rounds[last], strict=True))
         result["speedup"] = {
             "of": last,
-            "prefill": _median([before[0] / after[0] for before, after in pairs]).to_dict(),
-            "decode": _median([before[1] / after[1] for before, after in pairs]).to_dict(),
+            "prefill": median([before[0] / after[0] for before, after in pairs]).to_dict(),
+            "decode": median([before[1] / after[1] for before, after in pairs]).to_dict(),
         }
     return result
+
+
+def conditions(model: nn.Module, settings: BenchmarkSettings) -> dict[str, Any]:
+    """Return what a time depends on beside the model, as plain values."""
+    device = device_of(model)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "prompt_tokens": settings.prompt_tokens,
+        "new_tokens": settings.new_tokens,
+        "batch_size": settings.batch_size,
+    }
 
 
 @torch.no_grad()
@@ -81,6 +87,11 @@ def time_once(model: Any, settings: BenchmarkSettings, *, seed: int, clock: Cloc
     synchronise(device)
     began = clock()
     output = model(input_ids=ids, use_cache=True)
+    if getattr(output, "past_key_values", None) is None:
+        raise UserError(
+            f"{type(model).__name__} keeps no keys and values, which decoding is timed with"
+            " - leave the benchmark out (--set benchmark.enabled=false)"
+        )
     token = output.logits[:, -1:].argmax(-1)
     synchronise(device)
     prefilled = clock()
@@ -99,6 +110,6 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _median(values: list[float]) -> Measured:
+def median(values: list[float]) -> Measured:
     """Return the median and the standard error of a mean of as many values, a little below the median's own."""
     return Measured(statistics.median(values), statistics.stdev(values) / math.sqrt(len(values)), len(values))
