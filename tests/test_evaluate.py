@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from layerscalpel import losses
 from layerscalpel.errors import UserError
 from layerscalpel.evaluate import PROMPTS, Quality, Reference, evaluate, final_hidden, write_samples
-from layerscalpel.layers import find_layers
+from layerscalpel.probe import find_layers
 
 BLOCKS = random_blocks(5, labelled_fraction=0.4)
 TEMPLATE = "{% for m in messages %}user {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}bot{% endif %}"

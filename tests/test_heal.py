@@ -38,7 +38,9 @@ from layerscalpel.heal import (
     seam_layers,
     tune_endpoints,
 )
-from layerscalpel.layers import Decoder, find_layers, hidden_at
+from layerscalpel.hooks import hidden_at
+from layerscalpel.layers import Decoder
+from layerscalpel.probe import find_layers
 from layerscalpel.segment import Segment
 
 GOLDEN = Path(__file__).parent / "golden_heal.json"
@@ -68,7 +70,7 @@ def heal(
 ) -> HealResult:
     """Heal a cut of the tiny llama on the blocks of this file."""
     parts = {"blocks": TRAIN, "validation": HELD_OUT} | blocks
-    return tune_endpoints(student, parent_of("llama"), seam, **parts, settings=settings, seed=seed, scratch=scratch)
+    return tune_endpoints(student, parent_of("llama"), [seam], **parts, settings=settings, seed=seed, scratch=scratch)
 
 
 def weights_of(decoder: Decoder) -> dict[str, Tensor]:
@@ -141,7 +143,7 @@ def test_only_the_seam_changes_in_other_families(family: str, tmp_path: Path) ->
     student = cut_apart(family, Segment(4, 8, 8))
     before = weights_of(student)
     settings = replace(QUICK, objective="kl", lr=1e-4)
-    result = tune_endpoints(student, parent_of(family), 4, TRAIN, TRAIN, settings, seed=0, scratch=tmp_path)
+    result = tune_endpoints(student, parent_of(family), [4], TRAIN, TRAIN, settings, seed=0, scratch=tmp_path)
     changed = {name for name, value in student.model.state_dict().items() if not torch.equal(value, before[name])}
     assert result.best_step > 0
     assert changed

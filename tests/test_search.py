@@ -5,31 +5,31 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import tempfile
 from dataclasses import replace
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from families import tiny, tokens
 from planted import silence
 
-from layerscalpel.config import SearchName, SearchSettings, TargetSettings
+from layerscalpel.clp import certificate
+from layerscalpel.config import HealSettings, SearchName, SearchSettings, TargetSettings
+from layerscalpel.data import TokenBlocks
 from layerscalpel.errors import UserError
 from layerscalpel.exact import WindowScores
-from layerscalpel.layers import Decoder, find_layers
-from layerscalpel.search import (
-    SEARCHES,
-    SearchResult,
-    certificate,
-    find_exact,
-    given_segment,
-    num_removed_of,
-    uses_gate,
-)
+from layerscalpel.layers import Decoder
+from layerscalpel.probe import find_layers
+from layerscalpel.search import SEARCHES, uses_gate
 from layerscalpel.segment import Segment
+from layerscalpel.similarity import Similarity
+from layerscalpel.targets import given_segment, num_removed_of
+from layerscalpel.task import Pilots, Raced, SearchResult, Task
 
 METHODS = get_args(SearchName)
-SETTINGS = SearchSettings(num_blocks=4, gate_blocks=3, num_starts=3, batch_size=2)
+SETTINGS = SearchSettings(num_blocks=4, gate_blocks=3, num_starts=3, batch_size=2, pilot_steps=1, pilot_count=2)
 
 
 def planted(family: str = "llama", start: int = 3, num_removed: int = 2) -> Decoder:
@@ -41,7 +41,16 @@ def planted(family: str = "llama", start: int = 3, num_removed: int = 2) -> Deco
 
 
 def found_by(method: SearchName, decoder: Decoder, num_removed: int = 2, seed: int = 0) -> SearchResult:
-    return SEARCHES[method].find(decoder, tokens(4), num_removed, SETTINGS, seed)
+    return SEARCHES[method].find(task_of(decoder, num_removed=num_removed, seed=seed))
+
+
+def task_of(decoder: Decoder, ids: torch.Tensor | None = None, **changes: Any) -> Task:
+    """Return a task with all that any method needs."""
+    given = tokens(4) if ids is None else ids
+    healing = TokenBlocks(tokens(2, seed=5), torch.ones(2, given.shape[1], dtype=torch.bool), "random", 2, {})
+    healing.labelled[:, 0] = False
+    pilots = Pilots(healing, healing, HealSettings(batch_size=2, micro_batch_size=2), Path(tempfile.mkdtemp()))
+    return Task(decoder, given, **({"num_removed": 2, "settings": SETTINGS, "pilots": pilots} | changes))
 
 
 def test_table_holds_exactly_the_methods_of_the_settings() -> None:
@@ -52,7 +61,6 @@ def test_table_holds_exactly_the_methods_of_the_settings() -> None:
 def test_methods_have_one_signature() -> None:
     signatures = {str(inspect.signature(row.find)) for row in SEARCHES.values()}
     assert len(signatures) == 1
-    assert list(inspect.signature(find_exact).parameters) == ["decoder", "tokens", "num_removed", "settings", "seed"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,7 +75,7 @@ def test_result_is_a_segment_within_the_model_and_plain_json(method: SearchName,
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_block_gives_json_without_nan(method: SearchName) -> None:
-    result = SEARCHES[method].find(planted(), tokens(1), 2, SETTINGS, 0)
+    result = SEARCHES[method].find(task_of(planted(), tokens(1)))
     json.dumps(result.to_dict(), allow_nan=False)
 
 
@@ -114,7 +122,7 @@ def test_certificate_of_clp_names_the_exact_optimum_and_no_negative_difference(s
 
 def test_clp_goes_on_with_the_exact_optimum_where_the_gate_missed_it() -> None:
     far_away = replace(SETTINGS, num_starts=1, initial_start=0.0, gate_blocks=1)
-    result = SEARCHES["clp"].find(planted(start=5), tokens(4), 2, far_away, 0)
+    result = SEARCHES["clp"].find(task_of(planted(start=5), settings=far_away))
     found = result.details["certificate"]
     assert result.segment == Segment(5, 7, 8)
     assert (found["exact_start"], found["num_starts_at_optimum"]) == (5, 0)
@@ -124,10 +132,11 @@ def test_clp_goes_on_with_the_exact_optimum_where_the_gate_missed_it() -> None:
 
 def test_certificate_counts_the_starts_at_the_optimum() -> None:
     scores = WindowScores((0, 1, 2), 2, torch.tensor([[3.0, 3.0], [1.0, 2.0], [2.0, 4.0]]), 8)
-    found = certificate(scores, 2, [2, 2, 0])
+    raced = Raced(scores, 1, {}, {}, Similarity(torch.ones(2, 4, 4), torch.ones(2, 4, 4)))
+    found = certificate(raced, [2, 2, 0])
     assert (found["exact_start"], found["num_starts_at_optimum"], found["num_starts"]) == (1, 0, 3)
     assert found["difference_kl_nats"] == {"value": 1.5, "se": pytest.approx(0.5), "n": 16}
-    assert certificate(scores, 1, [1, 2, 1])["num_starts_at_optimum"] == 2
+    assert certificate(raced, [1, 2, 1])["num_starts_at_optimum"] == 2
 
 
 def test_gate_takes_its_best_end_only() -> None:
@@ -154,11 +163,11 @@ def test_methods_read_no_more_blocks_than_the_settings_say() -> None:
     decoder, broken = planted(), tokens(6)
     broken[4:] = 10**6  # no such token: reading it fails
     for method in METHODS:
-        SEARCHES[method].find(decoder, broken, 2, SETTINGS, 0)
+        SEARCHES[method].find(task_of(decoder, broken))
 
 
 def test_uses_gate_tells_which_methods_learn() -> None:
-    assert [method for method in METHODS if uses_gate(method)] == ["clp", "gate"]
+    assert [method for method in METHODS if uses_gate(method)] == ["clp", "gate", "pilot"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from layerscalpel import stitch
 from layerscalpel.config import StitchSettings
 from layerscalpel.cut import cut_model
 from layerscalpel.errors import UserError
-from layerscalpel.layers import Decoder, find_layers
+from layerscalpel.layers import Decoder
+from layerscalpel.probe import find_layers
 from layerscalpel.segment import Segment
 from layerscalpel.stitch import Grams, accumulate, fold, last_projection, ridge_change, stitch_model
 

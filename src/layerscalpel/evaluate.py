@@ -13,6 +13,7 @@ Dimensions: N blocks, B blocks at once, T tokens, D hidden size.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor
 
 from layerscalpel.data import TokenBlocks
-from layerscalpel.layers import Decoder, device_of, head_logits, hidden_at, require_finite
+from layerscalpel.hooks import head_logits, require_finite
+from layerscalpel.layers import Decoder, device_of
 from layerscalpel.losses import Measured, block_mean, kl_to_parent, log_probabilities, token_chunks, token_nll
+from layerscalpel.passes import pass_blocks
 from layerscalpel.progress import track
 
 PROMPTS = (
@@ -55,21 +58,30 @@ class Reference:
     hidden_NTD: Tensor
 
 
-@torch.no_grad()
-def final_hidden(decoder: Decoder, tokens: Tensor, *, batch_size: int, label: str) -> Tensor:
-    """Return the hidden states [N, T, D] at boundary L, on the CPU."""
-    batches = tokens.split(batch_size)
-    device = device_of(decoder.model)
-    hidden = torch.cat(
-        [hidden_at(decoder, batch.to(device), len(decoder)).cpu() for batch in track(batches, label, len(batches))]
-    )
+def final_hidden(
+    decoder: Decoder,
+    tokens: Tensor,
+    *,
+    batch_size: int,
+    label: str = "parent",
+    store: MutableMapping[Hashable, Tensor] | None = None,
+) -> Tensor:
+    """Return the hidden states [N, T, D] at boundary L, on the CPU; `store` as in passes.pass_blocks."""
+    passed = pass_blocks(decoder, tokens.split(batch_size), store=store, label=label)
+    hidden = torch.cat([hidden_BTD.cpu() for _, hidden_BTD in passed])
     require_finite(len(decoder), hidden)
     return hidden
 
 
 @torch.no_grad()
 def evaluate(
-    decoder: Decoder, blocks: TokenBlocks, reference: Reference | None, *, batch_size: int = 4, label: str = "evaluate"
+    decoder: Decoder,
+    blocks: TokenBlocks,
+    reference: Reference | None,
+    hidden_NTD: Tensor | None = None,
+    *,
+    batch_size: int = 4,
+    label: str = "evaluate",
 ) -> Quality:
     """Return the figures of a model on held-out blocks.
 
@@ -77,14 +89,13 @@ def evaluate(
         decoder: the model to measure.
         blocks: evaluation blocks [N, T].
         reference: the parent; None measures perplexity alone.
+        hidden_NTD: the model's hidden states at boundary L, where they are known already.
         batch_size: blocks per forward.
         label: what the progress line says.
     """
     sums = []
-    starts = range(0, len(blocks), batch_size)
-    for low in track(starts, label, len(starts)):
-        rows = slice(low, low + batch_size)
-        hidden = hidden_at(decoder, blocks.tokens[rows].to(device_of(decoder.model)), len(decoder))
+    for number, hidden in _final_batches(decoder, blocks.tokens, hidden_NTD, batch_size, label):
+        rows = slice(number * batch_size, (number + 1) * batch_size)
         require_finite(len(decoder), hidden)
         parent = None if reference is None else reference.hidden_NTD[rows].to(hidden.device)
         sums.append(_sums(decoder, hidden, blocks.tokens[rows], blocks.labelled[rows], reference, parent))
@@ -98,6 +109,15 @@ def evaluate(
         top1_agreement_fraction=None if reference is None else block_mean(agreement_N / tokens_N, tokens_N),
         ppl=Measured(ppl, ppl * nll.se, nll.n),  # first-order error of exp
     )
+
+
+def _final_batches(
+    decoder: Decoder, tokens: Tensor, hidden_NTD: Tensor | None, batch_size: int, label: str
+) -> Iterator[tuple[int, Tensor]]:
+    if hidden_NTD is None:
+        return pass_blocks(decoder, tokens.split(batch_size), label=label)
+    device = device_of(decoder.model)
+    return ((number, part.to(device)) for number, part in enumerate(hidden_NTD.split(batch_size)))
 
 
 def _sums(

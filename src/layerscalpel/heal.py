@@ -8,14 +8,15 @@ choice; the paper does not state its own.
 
 Dimensions: N blocks, B blocks at once, T tokens, D hidden size, V vocabulary, M labelled positions.
 
-    result = HEALERS["endpoint"].train(student, parent, 13, blocks, validation, HealSettings(), seed=0, scratch=folder)
+    train = HEALERS["endpoint"].train
+    result = train(student, parent, [13], blocks, validation, HealSettings(), seed=0, scratch=folder)
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from torch import Tensor
 from layerscalpel.config import HealName, HealSettings
 from layerscalpel.data import TokenBlocks
 from layerscalpel.errors import UserError
-from layerscalpel.layers import Decoder, device_of, head_logits, hidden_at, resume_from
+from layerscalpel.hooks import head_logits, hidden_at, resume_from
+from layerscalpel.layers import Decoder, device_of
 from layerscalpel.losses import kl_to_parent, log_probabilities, token_chunks, token_nll
 from layerscalpel.progress import say, track
 
@@ -63,7 +65,7 @@ class Healer:
     """A row of the table of healing methods."""
 
     train: Callable[..., HealResult] | None
-    """(student, parent, seam, blocks, validation, settings, *, seed, scratch) -> result; None trains nothing."""
+    """(student, parent, seams, blocks, validation, settings, *, seed, scratch) -> result; None trains nothing."""
     sentence: str
     paper: str
 
@@ -82,7 +84,7 @@ def seam_layers(num_layers: int, seam: int, width: int) -> range:
 def tune_endpoints(
     student: Decoder,
     parent: Decoder | None,
-    seam: int,
+    seams: Sequence[int],
     blocks: TokenBlocks,
     validation: TokenBlocks,
     settings: HealSettings,
@@ -95,7 +97,7 @@ def tune_endpoints(
     Args:
         student: the cut model.
         parent: the uncut model; needed for the objectives kl and both.
-        seam: the removed segment's start.
+        seams: for each removed segment the cut model's first layer after it.
         blocks: training blocks [N, T].
         validation: held-out blocks that choose the best state.
         settings: heal section of the recipe.
@@ -105,10 +107,11 @@ def tune_endpoints(
     Raises:
         UserError: the loss is not finite; the line says at which step and learning rate.
     """
-    chosen = seam_layers(len(student), seam, settings.width)
-    loss = SeamLoss(student, parent if settings.objective != "ce" else None, chosen.start, settings.objective)
-    cache = PrefixCache(student, blocks, chosen.start, settings, scratch / "prefix.bin")
-    held_out = PrefixCache(student, validation, chosen.start, settings, scratch / "prefix-validation.bin")
+    chosen = sorted({i for seam in seams for i in seam_layers(len(student), seam, settings.width)})
+    first = chosen[0]
+    loss = SeamLoss(student, parent if settings.objective != "ce" else None, first, settings.objective)
+    cache = PrefixCache(student, blocks, first, settings, scratch / "prefix.bin")
+    held_out = PrefixCache(student, validation, first, settings, scratch / "prefix-validation.bin")
     training = Training(student, chosen, settings, num_blocks=len(blocks), seed=seed, state_file=scratch / "state.pt")
     try:
         training.run(loss, cache, held_out)
@@ -119,7 +122,7 @@ def tune_endpoints(
     return HealResult(
         method="endpoint",
         objective=settings.objective,
-        layers=list(chosen),
+        layers=chosen,
         trained_parameters=sum(parameter.numel() for parameter in training.parameters),
         steps=training.steps,
         tokens=settings.epochs * blocks.tokens.numel(),
@@ -243,7 +246,14 @@ class Training:
     """The one training loop: AdamW on float32 masters, warm-up and cosine, validation, best state, resume."""
 
     def __init__(
-        self, student: Decoder, chosen: range, settings: HealSettings, *, num_blocks: int, seed: int, state_file: Path
+        self,
+        student: Decoder,
+        chosen: Sequence[int],
+        settings: HealSettings,
+        *,
+        num_blocks: int,
+        seed: int,
+        state_file: Path,
     ) -> None:
         self.settings, self.num_blocks, self.seed, self.state_file = settings, num_blocks, seed, state_file
         self.parameters = [p for i in chosen for p in student.layers[i].parameters()]

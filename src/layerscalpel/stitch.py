@@ -25,7 +25,8 @@ from layerscalpel.config import StitchName, StitchSettings
 from layerscalpel.data import TokenBlocks
 from layerscalpel.errors import UserError
 from layerscalpel.evaluate import Reference, evaluate, final_hidden
-from layerscalpel.layers import Decoder, device_of, hidden_at, hidden_in, replay
+from layerscalpel.hooks import hidden_at, hidden_in, replay
+from layerscalpel.layers import Decoder, device_of
 from layerscalpel.progress import track
 from layerscalpel.segment import Segment
 
