@@ -1,4 +1,4 @@
-"""What the tests of the report and of the model card share: the results of a sound run with every stage."""
+"""What the tests of report, model card and terminal share: a sound run with every stage, and others that differ."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from layerscalpel.card import measured
+from layerscalpel.summary import measured
 
 STAGES = ("data", "search", "cut", "stitch", "heal", "evaluate", "benchmark")
 PROVENANCE = {
@@ -28,6 +28,7 @@ EVIL = "Once <script>alert('x')</script> & \"so on\""
 RESULTS = """
 parent: {name: demo, num_layers: 30, parameters: 134515008, bytes: 269030016, dtype: bfloat16, file_bytes: 98362432}
 segment: [13, 19]
+segments: [[13, 19]]
 data:
   calibration: &blocks {source: c4, num_blocks: 128, block_tokens: 256, labelled_tokens: 32640, num_documents: 384,
     dropped: {}, sha256: 00c4}
@@ -38,6 +39,8 @@ search:
   method: clp
   certificate: {gate_start: 13, exact_start: 13, difference_kl_nats: {value: 0.0, se: 0.0, n: 8192},
     num_starts_at_optimum: 2, num_starts: 5}
+  race: {confidence: 0.99, first_blocks: 8, num_blocks: 32, left: [13],
+    margin: {rival: 14, difference_kl_nats: {value: 0.0412, se: 0.0061, n: 32}, standard_errors: 6.754}}
   wall_s: 60.1
   peak_memory_bytes: 812000000
 cut:
@@ -76,16 +79,37 @@ benchmark:
 """
 
 
+def quantity(value: float, se: float, n: int = 64) -> dict[str, Any]:
+    """Return a measured quantity."""
+    return {"value": value, "se": se, "n": n}
+
+
+def kl_of(start: int, n: int = 6) -> float:
+    """Return a KL as real models have it: lowest in the middle, worst where the first layer goes."""
+    return 0.09 * n**1.15 + 0.0075 * n * abs(start - (19 - n)) ** 1.25 + (7.4 if start == 0 else 0)
+
+
+def scores_of(n: int = 6, left: tuple[int, ...] = (13,), num_blocks: int = 32) -> dict[str, Any]:
+    """Return the scores of the windows of n layers after a race; the others saw fewer blocks the worse they are."""
+    found = {}
+    for start in range(31 - n):
+        kl = kl_of(start, n)
+        blocks = num_blocks if start in left else 8 if kl > 1.25 * kl_of(19 - n, n) else 16
+        found[str(start)] = {"kl_nats": kl, "se": 0.02 + 0.03 * kl, "num_blocks": blocks}
+    return found
+
+
 def full_results() -> dict[str, Any]:
     """Return a sound run with every stage."""
     results = yaml.safe_load(RESULTS)
-    kl = {s: 0.72 + 0.045 * abs(s - 13) ** 1.25 + (7.4 if s == 0 else 0) for s in range(25)}
     began, ends = [0, 6, 12, 18, 24], [3, 13, 13, 16, 22]
     results["search"] |= {
-        "scores": {str(s): {"kl_nats": value, "se": 0.02 + 0.03 * value} for s, value in kl.items()},
+        "scores": scores_of(left=(13, 14)),  # it was decided at the last look
+        "layers": {str(i): quantity(0.05 + 0.4 * abs(i / 30 - 0.6) ** 2, 0.004) for i in range(30)},
+        "angles": {str(s): quantity(0.16 + 0.004 * abs(s - 15), 0.006) for s in range(25)},
         "gate": {
             "starts": [[a + (b - a) * t / 32 for a, b in zip(began, ends, strict=True)] for t in range(33)],
-            "losses": [[1.0] * 5] * 32,
+            "losses": [[1.0, 1.0, 1.0, None, 1.0]] * 32,  # one start settled at once
             "steepness": [5 ** (t / 31) for t in range(32)],
             "ends": ends,
         },
@@ -104,10 +128,113 @@ def full_results() -> dict[str, Any]:
     return results
 
 
+def old_results() -> dict[str, Any]:
+    """Return a run of before the race: one segment, scores without blocks."""
+    results = full_results()
+    del results["segments"], results["search"]["race"], results["search"]["layers"], results["search"]["angles"]
+    for score in results["search"]["scores"].values():
+        del score["num_blocks"]
+    return results
+
+
+RATES = """
+target: {kind: max_kl, asked_kl_nats: 0.9, num_removed: 7, kl_nats: {value: 0.844, se: 0.045, n: 64},
+  most_layers_tried: 15}
+race: &race {confidence: 0.99, first_blocks: 8, num_blocks: 64, left: [11, 12, 13],
+  margin: {rival: 13, difference_kl_nats: {value: 0.0117, se: 0.0094, n: 64}, standard_errors: 1.2446}}
+refused: {10: "layer 10 writes keys that layer 19 reads - remove both, or none",
+  9: "layer 10 writes keys that layer 19 reads - remove both, or none"}
+processes: 4
+offload: {keep: disk, passes: 4, pass_bytes: 14500000000, file_bytes: 3200000000}
+"""
+
+
+def rates_results() -> dict[str, Any]:
+    """Return a run to a KL, of a model larger than memory, whose best windows could not be told apart."""
+    results = full_results()
+    search = results["search"] | yaml.safe_load(RATES) | {"method": "exact"}
+    del search["gate"], search["certificate"]
+    search["surface"] = {str(n): scores_of(n, (18 - n, 19 - n, 20 - n), 64) for n in range(1, 16)}
+    search["scores"] = search["surface"]["7"]
+    search["rates"] = {
+        n: {"start": 19 - int(n), **rows[str(19 - int(n))], "race": search["race"] | {"left": [19 - int(n)]}}
+        for n, rows in search["surface"].items()
+    }
+    search["rates"]["7"]["race"] = search["race"]
+    results |= {"search": search, "segment": [12, 19], "segments": [[12, 19]]}
+    for model in results["evaluate"].values():
+        if isinstance(model, dict):
+            model.pop("samples", None)
+    results["heal"]["layers"] = [11, 12]
+    del results["benchmark"]["parent"], results["benchmark"]["speedup"]
+    return results
+
+
+TWO_RUNS = """
+two_runs: {segments: [[10, 12], [17, 21]], kl_nats: {value: 0.611, se: 0.021, n: 64}, num_pairs: 133, wins: true,
+  single_less_two_kl_nats: {value: 0.0917, se: 0.0123, n: 64}, race: {confidence: 0.99, first_blocks: 8,
+  num_blocks: 64, left: ["10:12+17:21"], margin: {rival: "10:12+16:20",
+  difference_kl_nats: {value: 0.0301, se: 0.0055, n: 64}, standard_errors: 5.47}}}
+target: {kind: latency_ms, asked_ms: 62.0, num_removed: 6, predicted_ms: {value: 60.4, se: 0.8, n: 5},
+  latency: {fixed_ms: {value: 9.2, se: 0.5, n: 5}, layer_ms: {value: 2.13, se: 0.04, n: 5}, covariance_ms2: -0.016,
+  check: {num_layers: 23, measured_ms: {value: 58.9, se: 0.6, n: 5}, predicted_ms: {value: 58.2, se: 0.7, n: 5},
+  error_fraction: {value: -0.0119, se: 0.0061, n: 5}}, device: cpu, dtype: float32, threads: 2, prompt_tokens: 128,
+  new_tokens: 32, batch_size: 1}}
+"""
+
+
+def two_run_results() -> dict[str, Any]:
+    """Return a run to a latency that removed two runs of layers, cut in two steps, and healed both seams."""
+    results = full_results()
+    results["search"] |= yaml.safe_load(TWO_RUNS)
+    results |= {"segment": [10, 12], "segments": [[10, 12], [17, 21]]}
+    cut = results["cut"]
+    last = {"parent": "org/model", "segment": [17, 21], "num_layers": 30}
+    first = {"parent": "../step-1", "segment": [10, 12], "num_layers": 26, "before": last}
+    steps = [
+        cut | {"config_changes": {"num_hidden_layers": "30 -> 26"}, "history": last},
+        cut | {"config_changes": {"num_hidden_layers": "26 -> 24"}, "history": first},
+    ]
+    results["cut"] = steps[-1] | {"steps": steps}
+    results["heal"]["layers"] = [9, 10, 14, 15]
+    return results
+
+
+PILOTS = """
+pilots:
+- {start: 2, validation_loss_nats: 2.312, kl_nats: 0.8113, top1_agreement_fraction: 0.5614, steps: 150, wall_s: 31.2}
+- {start: 12, validation_loss_nats: 2.201, kl_nats: 0.5241, top1_agreement_fraction: 0.6641, steps: 150, wall_s: 30.9}
+- {start: 13, validation_loss_nats: 2.204, kl_nats: 0.5113, top1_agreement_fraction: 0.6602, steps: 150, wall_s: 31.0}
+target: {kind: params, asked_parameters: 114000000, num_removed: 6, starts: [0, 1, 2, 3, 12, 13, 14]}
+"""
+
+
+def pilot_results() -> dict[str, Any]:
+    """Return a run to a number of parameters whose pilots took another window than the lowest."""
+    results = full_results()
+    results["search"] |= yaml.safe_load(PILOTS) | {"method": "pilot"}
+    results |= {"segment": [12, 18], "segments": [[12, 18]]}
+    results["heal"]["layers"] = [11, 12]
+    return results
+
+
+VARIANTS = {
+    "full": full_results,
+    "old": old_results,
+    "rates": rates_results,
+    "two runs": two_run_results,
+    "pilots": pilot_results,
+}
+
+
+DRAWN = ("layers", "angles", "surface", "rates")
+"""Parts of the search that are shown in figures, or at the terminal, and not in words."""
+
+
 def quantities(node: Any, name: str = "") -> list[str]:
-    """Return every measured quantity below a node as the page should print it."""
+    """Return every measured quantity below a node as the page should print it; of a difference the size alone."""
     if not isinstance(node, dict):
         return []
     if set(node) == {"value", "se", "n"}:
-        return [measured(node, 100 if name.endswith("_fraction") else 1)]
-    return [text for key, item in node.items() for text in quantities(item, key)]
+        return [measured(node, 100 if name.endswith("_fraction") else 1).lstrip("-")]
+    return [text for key, item in node.items() if key not in DRAWN for text in quantities(item, key)]

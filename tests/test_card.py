@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
-from findings import PROVENANCE, STAGES, full_results, quantities
+from findings import PROVENANCE, STAGES, VARIANTS, full_results, quantities, two_run_results
 
-from layerscalpel.card import headline, is_proven, measured, model_card, proof_sentence, warnings
+from layerscalpel.card import headline, model_card, warnings
 from layerscalpel.config import Config, to_dict
-from layerscalpel.summary import summary_rows
+from layerscalpel.proofwords import is_proven, proof_sentence
+from layerscalpel.summary import measured, ranges, size, summary_rows
 
 
 @pytest.fixture
@@ -45,6 +46,17 @@ def test_headline_states_the_facts(results):
         "Layers 13..18 removed (segment [13, 19), 6 of 30): 20 % of the layers, 15.8 % of the parameters;"
         " KL to the parent 0.44 ± 0.02 nats; perplexity 25.1 ± 0.4 against 17.2 ± 0.3 of the parent."
     )
+
+
+def test_the_headline_names_every_removed_segment():
+    assert headline(two_run_results()).startswith(
+        "Layers 10..11 (segment [10, 12)) and layers 17..20 (segment [17, 21)) removed, 6 of 30: 20 % of the layers,"
+    )
+
+
+def test_small_forms():
+    assert ranges([1, 2, 3, 5]) == "1..3, 5"
+    assert [size(n) for n in (0, 999, 1500, 2e6, 14.5e9)] == ["0 bytes", "999 bytes", "1.5 kB", "2.0 MB", "14.5 GB"]
 
 
 # ---------------------------------------------------------------------------------------------- warnings
@@ -112,6 +124,15 @@ def test_a_cut_is_proven_by_its_logits_or_by_its_twin_and_tensors(changes, prove
     assert (warnings(results) == []) == (proven and proof["logits"] is not None)
 
 
+def test_every_step_of_a_cut_is_proven_or_warned_of():
+    results = two_run_results()
+    assert warnings(results) == []
+    assert model_card(results, {}, PROVENANCE).count("Proven (fresh process).") == 2
+    results["cut"]["steps"][0] = results["cut"]["steps"][0] | {"proof": proof_with(logits=WRONG)}
+    assert "The proof FAILED" in warnings(results)[0]
+    assert "Step 1: The proof FAILED" in model_card(results, {}, PROVENANCE)
+
+
 def test_no_proof_is_no_proof(results):
     assert not is_proven(None)
     results["cut"]["proof"] = None
@@ -175,9 +196,14 @@ def test_the_card_shows_how_to_load_and_what_was_proven(results):
     assert [line.count("|") for line in table] == [7] * 5
 
 
-def test_the_card_holds_the_measured_numbers(results):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_card_holds_the_measured_numbers(name):
+    results = VARIANTS[name]()
     card = model_card(results, to_dict(Config()), PROVENANCE)
-    assert [number for number in quantities(results["evaluate"]) if number not in card] == []
+    told = quantities(results["evaluate"]) + quantities(results["search"])
+    assert [number for number in told if number not in card] == []
+    assert "{{" not in card
+    assert "\n\n\n" not in card
 
 
 @pytest.mark.parametrize("missing", STAGES)
@@ -217,6 +243,13 @@ def test_cuts_before_this_one_are_told_back_to_the_first(results):
     told = [line for line in card.splitlines() if line.endswith("removed")]
     assert told == [
         "- layers 13..18 (segment [13, 19), 6 of 30) of once removed",
+        "- layers 20..21 (segment [20, 22), 2 of 32) of org/model removed",
+    ]
+    two = two_run_results()
+    two["cut"]["history"]["before"]["before"] = first
+    card = model_card(two, {}, PROVENANCE)
+    assert [line for line in card.splitlines() if line.endswith("removed")] == [
+        "- layers 10..11 (segment [10, 12)) and layers 17..20 (segment [17, 21)), 6 of 30 of org/model removed",
         "- layers 20..21 (segment [20, 22), 2 of 32) of org/model removed",
     ]
     results["cut"]["history"] = first  # cut once: the headline says it

@@ -134,12 +134,12 @@ def test_compare_of_no_run_directory(capsys, tmp_path: Path) -> None:
 
 
 def test_a_defect_is_not_dressed_up_as_a_mistake(world: Path, monkeypatch) -> None:
-    from layerscalpel import stages
+    from layerscalpel import run
 
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(stages, "check_before_loading", broken)
+    monkeypatch.setattr(run, "check_before_loading", broken)
     with pytest.raises(ZeroDivisionError):
         main(["run", str(world / "model"), "--out", str(world / "never")])
 

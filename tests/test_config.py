@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
-from layerscalpel.config import Config, build_config, parse_assignment, recipe, to_dict
+from layerscalpel.config import TARGET_FLAGS, Config, build_config, parse_assignment, recipe, to_dict
 from layerscalpel.errors import UserError, suggest
 
 
@@ -55,8 +57,57 @@ def test_rates_outside_0_to_1_are_refused(rate: float) -> None:
     assert f"rate {float(rate)}" in complaint({"target.rate": rate})
 
 
-def test_two_targets_contradict() -> None:
-    assert "give one of" in complaint({"target.rate": 0.2, "target.layers": 3})
+TARGETS = {"rate": 0.2, "layers": 3, "segment": "3:5", "max_kl": 0.5, "params": "90M", "latency_ms": 20.0}
+
+
+@pytest.mark.parametrize(("one", "other"), itertools.combinations(TARGETS, 2))
+def test_two_targets_contradict(one: str, other: str) -> None:
+    text = complaint({f"target.{name}": TARGETS[name] for name in (one, other)})
+    assert text.startswith(f"target has {one} and {other} at once - give one of --rate, --layers, --segment, --max-kl,")
+    assert len(text.splitlines()) == 1
+    assert set(TARGET_FLAGS) == set(TARGETS)
+
+
+SEGMENT, OFFLOAD, NO_HEALING = {"target.segment": "3:5"}, {"model.offload": "disk"}, {"heal.method": "none"}
+PILOT, STITCHED = {"search.method": "pilot"}, {"search.segments": 2, "stitch.method": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (OFFLOAD, "search.method=clp learns with all weights in memory - with --offload add --search exact"),
+        (OFFLOAD | {"search.method": "gate"}, "search.method=gate learns with all weights in memory"),
+        (OFFLOAD | PILOT, "search.method=pilot learns with all weights in memory"),
+        (OFFLOAD | {"model.offload": "cpu"}, "search.method=clp learns"),
+        (PILOT | NO_HEALING, "search.method=pilot heals its candidates - choose a heal.method, or --search clp"),
+        (STITCHED, "a stitch mends one seam - leave out stitch.method, or --segments"),
+        ({"search.initial_start": 3.0}, "search.initial_start is for a single start - add search.num_starts=1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict, expected: str) -> None:
+    text = complaint(settings)
+    assert text.startswith(expected)
+    assert len(text.splitlines()) == 1
+
+
+def test_all_that_does_not_go_together_is_told_at_once() -> None:
+    assert len(complaint(OFFLOAD | PILOT | NO_HEALING | STITCHED | {"target.rate": 2.0}).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        OFFLOAD | SEGMENT,  # nothing is searched
+        PILOT | NO_HEALING | SEGMENT,
+        STITCHED | SEGMENT,
+        *(OFFLOAD | {"search.method": method} for method in ("exact", "angular", "influence", "last", "random")),
+        OFFLOAD | {"search.method": "exact", "search.segments": 2},
+        PILOT | {"search.segments": 2},
+        STITCHED | {"search.segments": 1},
+    ],
+)
+def test_settings_that_go_together_pass(settings: dict) -> None:
+    build_config([settings])
 
 
 @pytest.mark.parametrize(

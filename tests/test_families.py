@@ -13,7 +13,7 @@ import pytest
 import sweep
 from families import tiny
 
-from layerscalpel.layers import find_layers
+from layerscalpel.probe import find_layers
 from layerscalpel.witness import Witness
 
 ALWAYS = (

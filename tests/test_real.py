@@ -10,7 +10,7 @@ from layerscalpel.cut import cut_model, proof_tokens, reference_logits
 from layerscalpel.data import prepare_blocks
 from layerscalpel.decoder import load_decoder
 from layerscalpel.exact import score_windows
-from layerscalpel.layers import find_layers
+from layerscalpel.probe import find_layers
 from layerscalpel.segment import Segment
 
 pytestmark = pytest.mark.slow

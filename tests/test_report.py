@@ -8,11 +8,12 @@ import math
 import re
 from html.parser import HTMLParser
 from typing import Any
+from unittest.mock import patch
 
 import pytest
-from findings import EVIL, PROVENANCE, STAGES, full_results, quantities
+from findings import EVIL, PROVENANCE, STAGES, VARIANTS, full_results, quantities, rates_results, two_run_results
 
-from layerscalpel import plots
+from layerscalpel import layerplots, plots, searchplots
 from layerscalpel.card import headline, model_card
 from layerscalpel.config import Config, to_dict
 from layerscalpel.report import render_report
@@ -30,8 +31,16 @@ def page_of(results: dict[str, Any]) -> str:
 
 
 @functools.cache
+def page_named(name: str) -> str:
+    """Return the page of a variant; two have their drawings, which take most of the time."""
+    if name in ("full", "rates"):
+        return page_of(VARIANTS[name]())
+    with patch("layerscalpel.report._figures", lambda results: {}):
+        return page_of(VARIANTS[name]())
+
+
 def full_page() -> str:
-    return page_of(full_results())
+    return page_named("full")
 
 
 @pytest.fixture
@@ -77,24 +86,30 @@ class Reader(HTMLParser):
         self.words.append(data)
 
 
-def test_page_is_well_formed_and_ids_are_unique():
-    reader = Reader(full_page())
+@pytest.mark.parametrize("name", VARIANTS)
+def test_page_is_well_formed_and_ids_are_unique(name):
+    reader = Reader(page_named(name))
     assert reader.open == []
     assert len(reader.ids) == len(set(reader.ids))
 
 
-def test_page_loads_nothing_and_runs_nothing():
-    page = full_page()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_page_loads_nothing_and_runs_nothing(name):
+    page = page_named(name)
     reader = Reader(page)
     assert all(load.startswith(("#", "data:")) for load in reader.loads)
     assert not reader.tags & {"script", "link"}
     assert not re.search(r"@import|url\((?!#)", page)
 
 
-def test_the_page_holds_the_measured_numbers(results):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_page_holds_the_measured_numbers(name):
+    text = Reader(page_named(name)).text
+    assert [number for number in quantities(VARIANTS[name]()) if number not in text] == []
+
+
+def test_the_page_holds_sizes_and_counts():
     text = Reader(full_page()).text
-    missing = [number for number in quantities(results) if number not in text]
-    assert missing == []
     sizes = "134,515,008 269.0 98.4 113,274,432 226.5 7,080,192 51,200 60.1 812.0 1,913.0 1.25 25.1 ± 0.4 128 x 256"
     assert [number for number in re.split(r" (?![±x]|0\.4|256)", sizes) if number not in text] == []
 
@@ -107,7 +122,7 @@ def test_foreign_text_is_escaped(results, without_drawings):
 
 
 @pytest.mark.parametrize("missing", STAGES)
-def test_an_absent_stage_has_no_section(results, missing):
+def test_an_absent_stage_has_no_section(results, without_drawings, missing):
     assert f'<section id="{SECTIONS[missing]}">' in full_page()
     del results[missing]
     page = page_of(results)
@@ -124,12 +139,12 @@ def test_the_parent_alone_makes_a_page():
 
 def test_what_a_stage_may_leave_out_is_not_asked_for(results):
     del results["parent"]["file_bytes"], results["cut"]["config_changes"], results["benchmark"]["threads"]
-    for name in ("gate", "certificate", "similarity", "wall_s", "peak_memory_bytes"):
+    for name in ("gate", "certificate", "race", "similarity", "layers", "angles", "wall_s", "peak_memory_bytes"):
         del results["search"][name]
     results["search"]["scores"] = {}  # as the search `last` leaves it
     page = page_of(results)
     assert '<section id="search">' in page
-    assert not re.search("Certificate|gate-paths", page)
+    assert not re.search("Certificate|Race|gate-paths|layer-profiles", page)
 
 
 def test_without_healing_the_cut_model_is_the_result(results, without_drawings):
@@ -183,9 +198,26 @@ def test_the_certificate_says_what_the_gate_missed(results, without_drawings):
     }
     results["search"]["certificate"] |= missed
     text = Reader(page_of(results)).text
-    assert "The learned gate chose start 3; the exact optimum over all 25 windows is start 13." in text
+    assert "The learned gate chose start 3; the best of all 25 windows by their exact scores is start 13." in text
     assert "costs 1.23 ± 0.05 nats more" in text
-    assert "0 of 5 starts of the gate ended at the optimum" in text
+    assert "0 of 5 starts of the gate ended at the best one" in text
+
+
+def test_every_removed_layer_is_a_gap_in_the_strip(without_drawings):
+    strip = re.findall(r'class="(removed|trained|kept)" title="layer (\d+)', page_of(two_run_results()))
+    places = {state: [int(i) for kind, i in strip if kind == state] for state in ("removed", "trained")}
+    assert places == {"removed": [10, 11, 17, 18, 19, 20], "trained": [9, 12, 16, 21]}
+
+
+def test_a_parent_that_was_not_timed_is_said(without_drawings):
+    text = Reader(page_of(rates_results())).text
+    assert "The parent does not fit into memory and was not timed." in text
+    assert "times the parent's speed" not in text
+
+
+def test_windows_that_cannot_be_cut_are_listed(without_drawings):
+    text = Reader(page_of(rates_results())).text
+    assert "start reason 9..10 layer 10 writes keys that layer 19 reads - remove both, or none" in text
 
 
 def test_same_results_give_the_same_bytes(results):
@@ -196,23 +228,31 @@ def test_same_results_give_the_same_bytes(results):
 
 @functools.cache
 def drawings() -> dict[str, str]:
-    results = full_results()
-    search, segment = results["search"], results["segment"]
+    results, rates, two = full_results(), rates_results(), two_run_results()
+    search, runs = results["search"], results["segments"]
     angular = {s: {"angular_distance": 0.1 + int(s) / 100, "se": 0.01} for s in search["scores"]}
     influence = {s: {"block_influence": 0.1 + int(s) / 100} for s in search["scores"]}
     return {
-        "kl": plots.kl_curve(search, segment),
-        "angular": plots.kl_curve({"scores": angular}, segment),
-        "influence": plots.kl_curve({"scores": influence}, segment),
-        "gate": plots.gate_paths(search),
-        "similarity": plots.similarity_map(search, segment),
+        "kl": searchplots.kl_curve(search, runs),
+        "angular": searchplots.kl_curve({"scores": angular}, runs),
+        "influence": searchplots.kl_curve({"scores": influence}, runs),
+        "two runs": searchplots.kl_curve(two["search"], two["segments"]),
+        "pilots": searchplots.kl_curve(VARIANTS["pilots"]()["search"], [[12, 18]]),
+        "undecided": searchplots.kl_curve(rates["search"], rates["segments"]),
+        "gate": searchplots.gate_paths(search),
+        "surface": searchplots.surface_map(rates["search"], rates["segments"]),
+        "profiles": layerplots.layer_profiles(search, runs),
+        "similarity": layerplots.similarity_map(search, runs),
+        "similarity of two": layerplots.similarity_map(search, two["segments"]),
         "loss": plots.loss_curve(results["heal"]),
         "quality": plots.quality_bars(results["evaluate"]),
         "speed": plots.speed_bars(results["benchmark"]),
     }
 
 
-@pytest.mark.parametrize("name", ["kl", "angular", "influence", "gate", "similarity", "loss", "quality", "speed"])
+@pytest.mark.parametrize(
+    "name", ["kl", "angular", "influence", "gate", "surface", "profiles", "similarity", "loss", "quality", "speed"]
+)
 def test_every_plot_is_an_svg_with_marks_and_labels(name):
     svg = drawings()[name]
     reader = Reader(svg)
@@ -224,8 +264,47 @@ def test_every_plot_is_an_svg_with_marks_and_labels(name):
 
 
 def test_the_kl_curve_is_logarithmic_only_where_it_needs_to_be(results):
-    assert "Removing layers 13..18 changes the predictions least" in drawings()["kl"]
-    assert "Angular distance of the windows" in drawings()["angular"]
-    assert ">100</text>" not in drawings()["kl"]
-    results["search"]["scores"]["0"]["kl_nats"] = 100.0
-    assert ">100</text>" in plots.kl_curve(results["search"], results["segment"])
+    assert ">5</text>" in drawings()["kl"]  # from 0.7 to 9 nats
+    del results["search"]["scores"]["0"]
+    even = searchplots.kl_curve(results["search"], results["segments"])
+    assert ">5</text>" not in even
+    assert ">0.50</text>" not in even
+    results["search"]["scores"]["0"] = {"kl_nats": 0.0, "se": 0.0, "num_blocks": 32}  # a logarithm has no place for it
+    assert "<svg" in searchplots.kl_curve(results["search"], results["segments"])
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("kl", "Removing layers 13..18 changes the predictions least"),
+        ("angular", "Angular distance of the windows"),
+        ("two runs", "KL to the parent of single runs; two were removed: layers 10..11 and layers 17..20"),
+        ("pilots", "Layers 12..17 healed best in the pilots"),
+        ("undecided", "3 of 24 windows could not be told apart; layers 12..18 had the lowest mean"),
+    ],
+)
+def test_the_kl_curve_claims_what_the_search_found(name, title):
+    assert f">{title}</text>" in drawings()[name]
+
+
+def test_windows_that_saw_fewer_blocks_look_so_and_have_a_legend():
+    assert ">runs of 6 that saw 32 blocks</text>" in drawings()["kl"]
+    assert ">runs of 6 that saw only 8 to 16 blocks</text>" in drawings()["kl"]
+    assert "fill: none; stroke: #4a86c5" in drawings()["kl"]
+    old = searchplots.kl_curve(VARIANTS["old"]()["search"], [[13, 19]])
+    assert ">runs of 6</text>" in old
+    assert "blocks</text>" not in old
+
+
+def test_every_removed_segment_is_outlined_and_shaded():
+    outline = re.compile(rf"fill: none; stroke: {plots.MARK}")
+    assert [len(outline.findall(drawings()[name])) for name in ("similarity", "similarity of two")] == [1, 2]
+
+
+def test_the_surface_shows_the_target_and_bears_a_window_that_costs_nothing():
+    search, runs = rates_results()["search"], [[12, 19]]
+    assert ">asked: 0.9 nats</text>" in drawings()["surface"]
+    assert ">7 removed</text>" in drawings()["surface"]
+    del search["target"]
+    search["surface"]["1"]["18"]["kl_nats"] = 0.0
+    assert "asked" not in searchplots.surface_map(search, runs)

@@ -49,7 +49,7 @@ def test_results_have_the_agreed_form(finished: Path) -> None:
     assert stop - start == 2
     assert results["search"]["method"] == "clp"
     assert set(results["search"]["scores"]) == {str(start) for start in range(7)}
-    assert all(set(score) == {"kl_nats", "se"} for score in results["search"]["scores"].values())
+    assert all(set(score) == {"kl_nats", "se", "num_blocks"} for score in results["search"]["scores"].values())
     assert set(results["evaluate"]) >= {"parent", "cut", "healed"}
     for name in ("cut", "healed"):
         for measure in ("kl_nats", "top1_agreement_fraction", "ppl"):

@@ -13,11 +13,11 @@ from layerscalpel.benchmark import benchmark
 from layerscalpel.card import model_card
 from layerscalpel.checkpoint import cut_checkpoint
 from layerscalpel.config import Config, to_dict
-from layerscalpel.data import find_source, prepare_blocks
+from layerscalpel.data import find_source, prepare_blocks, require_place_for_self
 from layerscalpel.decoder import load_decoder, num_parameters, weight_bytes
 from layerscalpel.errors import UserError
-from layerscalpel.layers import find_layers
 from layerscalpel.origin import Origin, peek
+from layerscalpel.probe import find_layers
 from layerscalpel.progress import waiting
 from layerscalpel.rundir import software, write_json
 from layerscalpel.segment import parse_segment
@@ -59,16 +59,14 @@ def measure_alone(stage: str, config: Config, out: Path) -> dict[str, Any]:
     model = config.model
     allowed = {"trust_remote_code": model.trust_remote_code, "allow_pickle": model.allow_pickle}
     peek(model.name, **allowed)
-    for source in (config.data.calibration, config.data.evaluation):
-        find_source(source)
+    find_source(config.data.evaluation)
+    require_place_for_self("evaluation", config.data.evaluation)
     with waiting(f"loading {config.model.name}"):
         loaded = load_decoder(model.name, device=model.device, dtype=model.dtype, **allowed)
     if stage == "benchmark":
         found = benchmark({"model": loaded.model}, config.benchmark, seed=config.seed)
     else:
-        parts = prepare_blocks(
-            loaded.tokenizer, config.data, num_calibration=config.search.num_blocks, seed=config.seed, heal=False
-        )
+        parts = prepare_blocks(loaded.tokenizer, config.data, num_calibration=0, seed=config.seed, heal=False)
         decoder = find_layers(loaded.model)
         figures = quality.evaluate(decoder, parts.evaluation, None, batch_size=config.evaluate.batch_size)
         samples = quality.write_samples(

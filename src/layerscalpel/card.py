@@ -8,7 +8,6 @@ Every figure comes from results.json. An absent stage has no section. What speak
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from layerscalpel.proofwords import proof_text, proof_warnings
 from layerscalpel.search import SEARCHES
-from layerscalpel.segment import Segment
-from layerscalpel.summary import summary_rows
+from layerscalpel.searchwords import pilot_rows, refusals, search_paragraphs, search_warnings
+from layerscalpel.segment import Segment, spoken
+from layerscalpel.summary import Results, count, measured, plain, removed_segments, summary_rows
 
-Results = dict[str, Any]
 MEASURES = {
     "kl_nats": ("KL to the parent", 1, " nats", -1),
     "top1_agreement_fraction": ("top-1 agreement", 100, " %", 1),
@@ -41,13 +41,14 @@ CARD = """---
 {% endfor %}
 {% if search %}
 
-The search `{{ search.method }}` chose the segment{{ ": " + method.sentence.replace(" (default)", "") if method }}.
+The search `{{ search.method }}` chose what was removed{{ ": " + method.sentence.replace(" (default)", "") if method }}.
 {% endif %}
 {% if heal %}
 
-The seam was healed: {{ heal.trained_parameters | count }} parameters in layers {{ heal.layers | join(", ") }} of the \
-cut model were trained for {{ heal.steps | count }} steps on {{ heal.tokens | count }} tokens (`{{ heal.method }}`, \
-objective `{{ heal.objective }}`); step {{ heal.best_step }} was kept.
+The seam{{ "s were" if segments | length > 1 else " was" }} healed: {{ heal.trained_parameters | count }} parameters \
+in layers {{ heal.layers | join(", ") }} of the cut model were trained for {{ heal.steps | count }} steps on \
+{{ heal.tokens | count }} tokens (`{{ heal.method }}`, objective `{{ heal.objective }}`); step {{ heal.best_step }} \
+was kept.
 {% endif %}
 
 | model | parameters | MB | KL to the parent (nats per token) | top-1 agreement (%) | perplexity |
@@ -58,7 +59,7 @@ objective `{{ heal.objective }}`); step {{ heal.best_step }} was kept.
 {% endfor %}
 
 ± is one standard error over blocks of held-out text; – was not measured.
-{% if benchmark %}
+{% if benchmark and benchmark.speedup is defined %}
 
 Speed on {{ benchmark.device }} over the parent's: prefill {{ benchmark.speedup.prefill | measured }}, decoding \
 {{ benchmark.speedup.decode | measured }}; the number of layers alone would give {{ benchmark.ideal_speedup | plain }}.
@@ -72,6 +73,23 @@ from transformers import {{ loaded_by }}, AutoTokenizer
 model = {{ loaded_by }}.from_pretrained("path/to/this/folder"{{ remote }})
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
+{% if found %}
+
+## Search
+{% for topic, text in found.items() %}
+
+{{ topic | capitalize }}: {{ text }}
+{% endfor %}
+{% if pilots %}
+
+| pilot at start | KL before (nats per token) | KL after | held-out loss (nats per token) | top-1 agreement (%) |
+|---|---|---|---|---|
+{% for row in pilots %}
+| {{ row.start }}{{ " (taken)" if row.taken }} | {{ row.kl_before | measured }} | {{ row.kl_nats | plain }} \
+| {{ "%.4g" | format(row.validation_loss_nats) }} | {{ "%.1f" | format(100 * row.top1_agreement_fraction) }} |
+{% endfor %}
+{% endif %}
+{% endif %}
 {% if cut %}
 
 ## Proof
@@ -112,10 +130,10 @@ def model_card(results: Results, config: dict[str, Any], provenance: dict[str, A
     if not _is_local(name) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         front["base_model"] = name
     said = words(results) | {"front_matter": yaml.safe_dump(front, sort_keys=False), "provenance": provenance}
-    allowed = config.get("model", {}).get("trust_remote_code")
-    said |= {"loaded_by": results.get("cut", {}).get("loaded_by", "AutoModelForCausalLM")}
+    cut, allowed = results.get("cut", {}), config.get("model", {}).get("trust_remote_code")
+    said |= {"loaded_by": cut.get("loaded_by", "AutoModelForCausalLM")}
     said |= {"remote": ", trust_remote_code=True" if allowed else ""}
-    said |= {"title": shown_name(name), "history": history_lines(results.get("cut", {}).get("history"))}
+    said |= {"title": shown_name(name), "history": history_lines(cut.get("history"), len(cut.get("steps", [cut])))}
     return environment(autoescape=False).from_string(CARD).render(said, config=config) + "\n"
 
 
@@ -128,14 +146,21 @@ def shown_name(name: str) -> str:
     return Path(name).name if _is_local(name) else name
 
 
-def history_lines(history: dict[str, Any] | None) -> list[str]:
-    """Return one line for each cut back to the first parent, newest first; none where nothing was cut before."""
-    lines = []
+def history_lines(history: dict[str, Any] | None, num_steps: int = 1) -> list[str]:
+    """Return one line for each cut back to the first parent, newest first; none where nothing was cut before.
+
+    The first `num_steps` are those of one cut. It took the last segment first, so all of them have the layers' numbers
+    in its parent.
+    """
+    steps = []
     while history:
-        start, stop = history["segment"]
-        segment = Segment(start, stop, history["num_layers"])
-        lines.append(f"{segment} of {shown_name(history['parent'])} removed")
+        steps.append(history)
         history = history.get("before")
+    lines = []
+    for group in [steps[:num_steps], *([step] for step in steps[num_steps:])] if steps else []:
+        parent = group[-1]
+        runs = [Segment(start, stop, parent["num_layers"]) for start, stop in (step["segment"] for step in group)]
+        lines.append(f"{spoken(runs)} of {shown_name(parent['parent'])} removed")
     return lines if len(lines) > 1 else []
 
 
@@ -144,9 +169,9 @@ def headline(results: Results) -> str:
     rows = summary_rows(results)
     parent, final = rows[0], rows[-1]
     said, shares, costs = results["parent"]["name"], [], []
-    if segment := _segment(results):
-        said = str(segment).replace(" (", " removed (", 1).capitalize()
-        shares.append(f"{100 * len(segment) / segment.num_layers:.3g} % of the layers")
+    if segments := removed_segments(results):
+        said = _removed(segments).capitalize()
+        shares.append(f"{100 * sum(map(len, segments)) / segments[0].num_layers:.3g} % of the layers")
     if final["parameters"] and final is not parent:
         shares.append(f"{100 * (1 - final['parameters'] / parent['parameters']):.3g} % of the parameters")
     if final["kl_nats"]:
@@ -157,15 +182,16 @@ def headline(results: Results) -> str:
     return f"{said}: {facts}." if facts else f"{said}."
 
 
+def _removed(segments: list[Segment]) -> str:
+    if len(segments) == 1:
+        return str(segments[0]).replace(" (", " removed (", 1)
+    runs, _, share = spoken(segments).rpartition(", ")
+    return f"{runs} removed, {share}"
+
+
 def warnings(results: Results) -> list[str]:
     """Return what speaks against the result, one sentence each."""
-    found = []
-    proof = results.get("cut", {}).get("proof")
-    if "cut" in results and not is_proven(proof):
-        found.append(proof_sentence(proof))
-    elif proof and not proof["logits"]:
-        reason = proof["left_out"].get("logits", "no reason was kept")
-        found.append(f"The checkpoint's own logits were not compared: {reason}.")
+    found = (proof_warnings(results["cut"]) if "cut" in results else []) + search_warnings(results)
     children = [row for row in summary_rows(results) if row["model"] != "parent"]
     for before, after in itertools.pairwise(children):
         found += _worsenings(before, after)
@@ -193,81 +219,6 @@ def _worsenings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return found
 
 
-def is_proven(proof: dict[str, Any] | None) -> bool:
-    """Tell whether the saved checkpoint was shown to compute what it should."""
-    if not proof:
-        return False
-    parts = [proof[name] for name in ("logits", "twin") if proof[name]]
-    enough = proof["logits"] or (proof["twin"] and proof["tensors"])
-    return bool(enough) and all(_passed(part) for part in parts)
-
-
-def _passed(part: dict[str, Any]) -> bool:
-    close = part["logits_equal"] or 0 < part["max_difference"] <= part["tolerance"]
-    return close and part["generation_equal"] is not False
-
-
-def proof_sentence(proof: dict[str, Any] | None) -> str:
-    """Return what was compared and how close it came."""
-    if not proof:
-        return "The cut checkpoint was not verified (--no-verify)."
-    said = [f"{'Proven' if is_proven(proof) else 'The proof FAILED'} ({proof['kind']})."]
-    if part := proof["logits"]:
-        said.append(_logits_sentence("The saved cut checkpoint", part))
-    if part := proof["tensors"]:
-        said.append(
-            f"All {part['num_tensors']:,} kept tensors ({part['num_bytes'] / 1e6:,.1f} MB) have the bytes they have in"
-            f" the parent (sha256 `{part['sha256'][:16]}`)."
-        )
-    if part := proof["twin"]:
-        said.append(_logits_sentence("The same cut of a tiny random twin of the config", part))
-    said += [f"Not part of the proof, {name}: {reason}." for name, reason in proof["left_out"].items()]
-    if proof.get("text_only"):
-        said.append("Compared on text alone; the parts for other inputs were carried over unchanged.")
-    return " ".join(said)
-
-
-def _logits_sentence(what: str, part: dict[str, Any]) -> str:
-    differ = f"they differ by at most {part['max_difference']:.3g} where {part['tolerance']:.3g} is allowed"
-    blocks, length = part["tokens"]
-    generated = {
-        None: "Nothing was generated from it.",
-        True: "Greedy tokens with a cache are equal to those without.",
-        False: "Greedy tokens with a cache are NOT those without.",
-    }[part["generation_equal"]]
-    return (
-        f"{what} was loaded again ({part['loaded']}, {part['dtype']} on {part['device']}) and its logits on"
-        f" {blocks} x {length} random tokens compared with those of the parent with the segment bypassed:"
-        f" {'they are equal bit for bit' if part['logits_equal'] else differ}. {generated}"
-    )
-
-
-def measured(item: dict[str, Any] | None, scale: float = 1) -> str:
-    """Return `value ± error`, rounded to the error's first digit, or to two digits if the first is a 1."""
-    if not item:
-        return "–"
-    value, error = scale * item["value"], scale * (math.nan if item.get("se") is None else item["se"])
-    if error == 0 or not math.isfinite(value + error):
-        return plain(value) if error == 0 else f"{plain(value)} ± unknown"
-    places = min(max((f"{error:e}"[0] == "1") - math.floor(math.log10(error)), 0), 6)
-    return f"{value:,.{places}f} ± {error:,.{places}f}"
-
-
-def plain(value: float) -> str:
-    """Return a number with three digits, or all of them before the point."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
-
-
-def count(number: int | None, unit: float = 1) -> str:
-    """Return a whole number with separators, or one decimal of it in a larger unit."""
-    return "–" if number is None else f"{number / unit:,.{int(unit > 1)}f}"
-
-
-def _segment(results: Results) -> Segment | None:
-    pair = results.get("segment")
-    return Segment(pair[0], pair[1], results["parent"]["num_layers"]) if pair else None
-
-
 def environment(*, autoescape: bool) -> Environment:
     """Return the templates' environment with our ways to print a number."""
     loader = PackageLoader("layerscalpel", ".")
@@ -280,14 +231,20 @@ def environment(*, autoescape: bool) -> Environment:
 
 def words(results: Results) -> dict[str, Any]:
     """Return what the templates read: every stage (None where it did not run) and the sentences about them."""
+    segments = removed_segments(results)
     return {
         **dict.fromkeys(("data", "search", "cut", "stitch", "heal", "evaluate", "benchmark")),
         **results,
-        "segment": _segment(results),
+        "segments": segments,
+        "removed": {i for run in segments for i in range(run.start, run.stop)},
+        "spoken": spoken(segments) if segments else "the layers",
+        "found": search_paragraphs(results),
+        "pilots": pilot_rows(results),
+        "refusals": refusals(results.get("search", {})),
         "method": SEARCHES.get(results.get("search", {}).get("method")),
         "rows": summary_rows(results),
         "headline": headline(results),
         "warnings": warnings(results),
-        "proof": proof_sentence(results["cut"].get("proof")) if "cut" in results else None,
+        "proof": proof_text(results["cut"]) if "cut" in results else None,
         "unproven": HEALED if "heal" in results else "",
     }

@@ -35,11 +35,16 @@ FLAGS: dict[str, tuple[str, type]] = {
     "--rate": ("target.rate", TargetSettings),
     "--layers": ("target.layers", TargetSettings),
     "--segment": ("target.segment", TargetSettings),
+    "--max-kl": ("target.max_kl", TargetSettings),
+    "--target-params": ("target.params", TargetSettings),
+    "--target-latency-ms": ("target.latency_ms", TargetSettings),
+    "--segments": ("search.segments", SearchSettings),
     "--search": ("search.method", SearchSettings),
     "--calibration": ("data.calibration", DataSettings),
     "--healing": ("data.healing", DataSettings),
     "--evaluation": ("data.evaluation", DataSettings),
     "--device": ("model.device", ModelSettings),
+    "--offload": ("model.offload", ModelSettings),
     "--dtype": ("model.dtype", ModelSettings),
     "--seed": ("seed", Config),
 }
@@ -125,7 +130,7 @@ def settings_of(arguments: argparse.Namespace, base: dict[str, Any] | None = Non
     """
     below = (base or {}) | (recipe(arguments.recipe) if arguments.recipe else {})
     given = {key: getattr(arguments, key) for key, _ in FLAGS.values() if getattr(arguments, key) is not None}
-    texts = {"target.segment", "data.calibration", "data.healing", "data.evaluation"}
+    texts = {"target.segment", "target.params", "data.calibration", "data.healing", "data.evaluation"}
     above = dict(parse_assignment(text) for text in arguments.assignments)
     above |= {k: v if k in texts else parse_assignment(f"{k}={v}")[1] for k, v in given.items()}
     above |= {f"model.{name}": True for name in PERMISSIONS if getattr(arguments, name)}
@@ -183,9 +188,12 @@ def _go(config: Config, arguments: argparse.Namespace, *, until: str | None, red
         from layerscalpel.run import run  # torch and transformers take seconds to import
 
         results = run(config, out, until=until or "report", redo=redo)
+        if not results:  # a process that helped with the search only
+            return
     else:
         say(f"{out} is finished; nothing to do")
-    show(results, out, arguments.json)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        show(results, out, arguments.json)
 
 
 def show(results: dict[str, Any], out: Path, as_json: bool) -> None:
@@ -216,7 +224,7 @@ def stage_command(arguments: argparse.Namespace) -> None:
         out = Path(arguments.out) if arguments.out else default_out(config.model.name)
         show(measure_alone(stage, config, out), out, arguments.json)
     elif stage == "heal" and (target / "layerscalpel.json").is_file():
-        from layerscalpel.checkpoint import parent_of
+        from layerscalpel.history import parent_of
 
         parent, segment = parent_of(target)
         config = settings_of(arguments, model__name=parent, target__segment=segment)

@@ -21,15 +21,29 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from layerscalpel.errors import UserError, suggest
+from layerscalpel.errors import UserError, one_line, suggest
 
-SearchName = Literal["clp", "gate", "exact", "angular", "influence", "last", "random"]
+SearchName = Literal["clp", "gate", "exact", "pilot", "angular", "influence", "last", "random"]
 StitchName = Literal["none", "linear"]
 HealName = Literal["endpoint", "none"]
 Objective = Literal["ce", "kl", "both"]
 ProofName = Literal["auto", "memory", "parts", "none"]
+OffloadName = Literal["none", "cpu", "disk"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+LEARNING = ("clp", "gate", "pilot")
+"""Searches that compute gradients."""
+TARGET_FLAGS = {
+    "rate": "--rate",
+    "layers": "--layers",
+    "segment": "--segment",
+    "max_kl": "--max-kl",
+    "params": "--target-params",
+    "latency_ms": "--target-latency-ms",
+}
+"""{target setting: its flag}; one of them is given at most."""
 
 
 class YamlLoader(yaml.SafeLoader):
@@ -63,22 +77,34 @@ class ModelSettings:
     """Where to compute; auto takes cuda, then mps, then cpu."""
     dtype: Dtype = "auto"
     """Number format while computing; auto is float32 on cpu and mps, the checkpoint's own on cuda."""
+    offload: OffloadName = "none"
+    """Where the layers of a model larger than memory stay while it is searched; each comes in once per pass."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint; without it such a model is refused."""
     allow_pickle: bool = False
     """Accept weights in .bin files, of which torch loads the tensors only; without it they are refused."""
 
+    def permissions(self) -> dict[str, bool]:
+        """Return what the checkpoint may do."""
+        return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
+
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """How much to remove; give one of the three."""
+    """How much to remove; give one of them."""
 
     rate: float | None = None
-    """Share of the layers to remove, 0..1; 0.2 when neither layers nor segment is given."""
+    """Share of the layers to remove, 0..1; 0.2 when nothing else is given."""
     layers: int | None = bounded(None, 1)
     """Number of layers to remove."""
     segment: str | None = None
     """The layers to remove as START:STOP, 0-based, STOP excluded; nothing is searched then."""
+    max_kl: float | None = bounded(None, 0.0)
+    """Remove as many layers as the KL to the parent, in nats per token before healing, allows."""
+    params: str | None = None
+    """Remove as few layers as leave at most so many parameters, as 90M or 6.7B."""
+    latency_ms: float | None = bounded(None, 0.0)
+    """Remove as few layers as bring a generated token to so many milliseconds on this machine."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +135,22 @@ class SearchSettings:
 
     method: SearchName = "clp"
     """How the segment is found; `scalpel methods` lists them with their papers."""
-    num_blocks: int = bounded(32, 2)
-    """Calibration blocks that score the windows."""
+    num_blocks: int = bounded(64, 2)
+    """Calibration blocks that score the windows, at most; the race ends earlier when one window is left."""
     batch_size: int = bounded(4, 1)
     """Blocks per parent forward."""
+    confidence: float = bounded(0.99, 0.0, 0.999999)
+    """Confidence with which the race keeps the best window; at 0 every window sees every block."""
+    first_blocks: int = bounded(8, 8)
+    """Blocks that every window sees before the first is dropped."""
+    all_rates: bool = False
+    """Score the windows of every length up to half of the layers."""
+    segments: int = bounded(1, 1, 2)
+    """Runs of layers to remove; with 2 the better of one and two runs of the same total is taken."""
+    device_gib: float | None = bounded(None, 0.0)
+    """Device memory for hidden states of an offloaded model; None takes half of what is free."""
+    stream_gib: float = bounded(8.0, 0.0)
+    """Host memory for hidden states of an offloaded model; past it they go to a memory-mapped file."""
     gate_blocks: int = bounded(128, 1)
     """Calibration blocks the gate learns from, one pass, one step per block."""
     num_starts: int = bounded(5, 1)
@@ -125,6 +163,14 @@ class SearchSettings:
     """Steepness at the first step, annealed geometrically to the final one; equal values switch annealing off."""
     gate_lr: float = bounded(0.3, 1e-6)
     """Adam's first learning rate for the start index, in layers, falling to 0 (the paper does not state its own)."""
+    gate_patience: int = bounded(0, 0)
+    """Steps without movement after which a start is settled and not computed any more; 0 learns to the end."""
+    gate_checkpointing: bool = False
+    """Recompute the layers in the backward pass of the gate: less memory, a third more time."""
+    pilot_steps: int = bounded(150, 1)
+    """Healing steps of each pilot."""
+    pilot_count: int = bounded(4, 2)
+    """Most candidates that a pilot search heals."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +299,7 @@ def recipe(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror} - give a YAML file with --recipe") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"recipe {path} is no valid YAML: {reason} - see recipes/demo.yaml for the form") from error
     if not isinstance(document, Mapping):
         raise UserError(f"recipe {path} holds no sections - write 'search:' and its keys below, as recipes/demo.yaml")
@@ -296,8 +342,7 @@ def build_config(layers: Sequence[Mapping[str, Any]]) -> Config:
         except UserError as error:
             findings.append(str(error))
     findings += _target_findings(config.target)
-    if config.search.initial_start is not None and config.search.num_starts != 1:
-        findings.append("search.initial_start is for a single start - add search.num_starts=1, or leave it out")
+    findings += _search_findings(config)
     if findings:
         raise UserError("\n".join(findings))
     return config
@@ -342,11 +387,26 @@ def _converted(key: str, value: Any, kind: type) -> Any:
     raise UserError(f"{key}={value!r} is not {wanted} - mend the recipe or the flag")
 
 
+def _search_findings(config: Config) -> Iterator[str]:
+    search, method = config.search, config.search.method
+    if search.initial_start is not None and search.num_starts != 1:
+        yield "search.initial_start is for a single start - add search.num_starts=1, or leave it out"
+    if config.target.segment is not None:
+        return
+    if config.model.offload != "none" and method in LEARNING:
+        yield f"search.method={method} learns with all weights in memory - with --offload add --search exact"
+    if method == "pilot" and config.heal.method == "none":
+        yield "search.method=pilot heals its candidates - choose a heal.method, or --search clp"
+    if search.segments > 1 and config.stitch.method != "none":
+        yield "a stitch mends one seam - leave out stitch.method, or --segments"
+
+
 def _target_findings(target: TargetSettings) -> list[str]:
     findings = []
-    given = [name for name in ("rate", "layers", "segment") if getattr(target, name) is not None]
+    given = [name for name in TARGET_FLAGS if getattr(target, name) is not None]
     if len(given) > 1:
-        findings.append(f"target has {' and '.join(given)} at once - give one of --rate, --layers, --segment")
+        flags = ", ".join(TARGET_FLAGS.values())
+        findings.append(f"target has {' and '.join(given)} at once - give one of {flags}")
     if target.rate is not None and not 0 < target.rate < 1:
         findings.append(f"rate {target.rate} is not between 0 and 1 - 0.2 removes one layer in five")
     return findings

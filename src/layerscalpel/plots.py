@@ -1,9 +1,9 @@
-"""Draw parts of results.json as SVG text that stands inside an HTML page.
+"""Draw parts of results.json as SVG text that stands inside an HTML page; searchplots.py draws the search.
 
 Text and axes take the page's own colour (`currentColor`), so one drawing reads well on a light and on a dark page. The
 same values give the same bytes. The global state of pyplot is never touched.
 
-    svg = kl_curve(results["search"], results["segment"])
+    svg = loss_curve(results["heal"])
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib
@@ -20,8 +19,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
@@ -50,23 +48,18 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "layerscalpel",
     "text.parse_math": False,
 }
-MEASURES = {
-    "kl_nats": ("KL to the parent (nats per token)", "changes the predictions least", "KL to the parent"),
-    "angular_distance": ("angular distance (share of half a turn)", "turns the hidden state least", "Angular distance"),
-    "block_influence": ("sum of block influence (1 - cosine)", "has the least block influence", "Block influence"),
-}
-"""{key of a score: (axis label, what the lowest window does, name)}."""
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 OBJECTIVES = {"ce": "cross-entropy", "kl": "KL to the parent", "both": "cross-entropy + KL to the parent"}
 
 
 @contextlib.contextmanager
-def _canvas(width: float, height: float) -> Iterator[Figure]:
+def canvas(width: float, height: float) -> Iterator[Figure]:
     """Give a figure of that many inches in the house style."""
     with matplotlib.rc_context(STYLE):
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
+def svg_of(figure: Figure, name: str, label: str) -> str:
     """Return the figure as one <svg> element whose ids begin with `name`; it grows with the page."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -82,117 +75,22 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     return "\n".join(line for line in text.splitlines() if line.strip())
 
 
-def measure_of(search: dict[str, Any]) -> str:
-    """Return the key that the method's scores carry."""
-    first = next(iter(search["scores"].values()))
-    return next(key for key in MEASURES if key in first)
-
-
-def lowest_start(search: dict[str, Any]) -> int:
-    """Return the start with the lowest score, the smaller one of equals."""
-    measure, scores = measure_of(search), search["scores"]
-    return min(map(int, scores), key=lambda start: (scores[str(start)][measure], start))
-
-
-def _layers(segment: list[int]) -> str:
-    first, last = segment[0], segment[1] - 1
-    return f"layer {first}" if first == last else f"layers {first}..{last}"
-
-
-def kl_curve(search: dict[str, Any], segment: list[int]) -> str:
-    """Draw the score of every window by its first layer, the chosen one marked, and where the gate's starts ended."""
-    measure, starts = measure_of(search), sorted(map(int, search["scores"]))
-    label, does_least, name = MEASURES[measure]
-    scores = [search["scores"][str(start)] for start in starts]
-    values = [score[measure] for score in scores]
-    with _canvas(PAGE, 3.1) as figure:
-        axes = figure.subplots()
-        joined = "-" if starts == list(range(starts[0], starts[-1] + 1)) else ""
-        kind = {"fmt": f"o{joined}", "color": MODELS["stitched"], "markersize": 3.2, "capsize": 2, "elinewidth": 0.8}
-        errors = [score.get("se") or 0.0 for score in scores]
-        axes.errorbar(starts, values, yerr=errors, label=f"every scored run of {segment[1] - segment[0]}", **kind)
-        if segment[0] in starts:
-            chosen = (segment[0], values[starts.index(segment[0])])
-            axes.plot(*chosen, "o", color=MARK, markersize=7, label=f"removed: {_layers(segment)}", zorder=4)
-        if 0 < 30 * min(values) < max(values):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        _mark_ends(axes, search.get("gate", {}).get("ends", []))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="first removed layer", ylabel=label)
-        lowest = segment[0] == lowest_start(search)
-        axes.set_title(f"Removing {_layers(segment)} {does_least}" if lowest else f"{name} of the windows")
-        axes.legend(loc="best")
-        return _svg(figure, "kl-curve", f"{name} by first removed layer")
-
-
-def _mark_ends(axes: Axes, ends: list[int]) -> None:
-    """Put a tick with its count at every start where gate runs ended."""
-    counts, foot = Counter(ends), axes.get_xaxis_transform()
-    if counts:
-        kind = {"color": MARK, "markersize": 5, "clip_on": False, "label": "the gate's starts ended here"}
-        axes.plot(list(counts), [0.0] * len(counts), "^", transform=foot, **kind)
-        axes.margins(y=0.12)
-    for end, count in counts.items():
-        if count > 1:
-            axes.annotate(f"{count}x", (end, 0), (4, 2), xycoords=foot, textcoords="offset points", color=MARK)
-
-
-def gate_paths(search: dict[str, Any]) -> str:
-    """Draw the start index of every stream over the steps, with the gate's steepness on a thin second axis."""
-    gate = search["gate"]
-    with _canvas(PAGE, 3.1) as figure:
-        axes = figure.subplots()
-        second = axes.twinx()
-        steps = range(1, len(gate["steepness"]) + 1)
-        second.plot(steps, gate["steepness"], ":", color=QUIET, linewidth=0.9)
-        second.set_ylabel("steepness k of the gate (dotted)", color=QUIET)
-        second.tick_params(length=0, colors=QUIET)
-        second.grid(False)
-        second.set_ylim(bottom=0)
-        axes.plot(gate["starts"])
-        num_starts = len(gate["ends"])
-        if search.get("scores"):
-            chosen = lowest_start(search)
-            axes.axhline(chosen, color=MARK, linewidth=1, linestyle="--", zorder=1)
-            num_there = gate["ends"].count(chosen)
-            axes.set_title(
-                f"{num_there} of {num_starts} starts of the gate ended at layer {chosen}, the best one (dashed)"
-            )
-        else:
-            axes.set_title(f"Where {num_starts} starts of the gate went")
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="optimiser step", ylabel="first removed layer")
-        axes.margins(x=0.01)
-        return _svg(figure, "gate-paths", "Start index of the gate over its steps")
-
-
-def similarity_map(search: dict[str, Any], segment: list[int]) -> str:
-    """Draw the cosine between the hidden states at all pairs of boundaries, the cut segment outlined."""
-    cosines, (start, stop) = search["similarity"], segment
-    with _canvas(5.0, 4.0) as figure:
-        axes = figure.subplots()
-        image = axes.imshow(cosines, cmap="cividis", origin="lower", interpolation="nearest")
-        bar = figure.colorbar(image, ax=axes, shrink=0.85, label="cosine (1 = same direction)")
-        bar.outline.set_visible(False)  # type: ignore[operator]
-        outline = Rectangle((start - 0.5, start - 0.5), stop - start + 1, stop - start + 1, fill=False)
-        outline.set(edgecolor=MARK, linewidth=1.8)
-        axes.add_patch(outline)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.spines[:].set_visible(False)
-        axes.grid(False)
-        axes.set(xlabel="boundary (hidden state before that layer)", ylabel="boundary")
-        axes.set_title(f"How alike hidden states are; outlined: {_layers(segment)}")
-        return _svg(figure, "similarity-map", "Cosine between hidden states at all pairs of boundaries")
+def log_where_needed(axes: Axes, values: Sequence[float]) -> bool:
+    """Give the second axis a logarithmic scale if the values span more than a decade, and tell whether they do."""
+    needed = 0 < 10 * min(values) < max(values)
+    if needed:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(PLAIN)
+        axes.minorticks_off()
+    return needed
 
 
 def loss_curve(heal: dict[str, Any]) -> str:
     """Draw the training loss as a thin line, the held-out loss as points, and the step that was kept."""
     best = heal["best_step"]
     train, held_out = ([(row["step"], row["loss_nats"]) for row in heal[part]] for part in ("train", "validation"))
-    with _canvas(PAGE, 3.1) as figure:
+    with canvas(PAGE, 3.1) as figure:
         axes = figure.subplots()
         axes.plot(*zip(*train, strict=True), color=QUIET, linewidth=0.8, label="training batches")
         kind = {"color": MODELS["healed"], "markersize": 4, "linewidth": 1, "label": "held-out blocks"}
@@ -203,7 +101,7 @@ def loss_curve(heal: dict[str, Any]) -> str:
         axes.set(xlabel="optimiser step", ylabel=f"{objective}\n(nats per labelled token)")
         axes.set_title(f"Held-out loss was lowest at step {best}" if best else "No step lowered the held-out loss")
         axes.legend(loc="best")
-        return _svg(figure, "loss-curve", "Loss of healing over its steps")
+        return svg_of(figure, "loss-curve", "Loss of healing over its steps")
 
 
 def _bars(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
@@ -225,7 +123,7 @@ def quality_bars(evaluate: dict[str, Any]) -> str:
     models = {name: item for name, item in evaluate.items() if isinstance(item, dict)}
     kl = {name: item["kl_nats"] for name, item in models.items() if item.get("kl_nats")}
     ppl = {name: item["ppl"] for name, item in models.items() if item.get("ppl")}
-    with _canvas(PAGE, 2.9) as figure:
+    with canvas(PAGE, 2.9) as figure:
         *left, right = figure.subplots(1, 2 if kl else 1, squeeze=False)[0]
         for axes in left:
             _bars(axes, kl)
@@ -234,17 +132,17 @@ def quality_bars(evaluate: dict[str, Any]) -> str:
         right.set(title="Perplexity (lower is better)", ylabel="perplexity on held-out text")
         if "parent" in ppl:
             right.axhline(ppl["parent"]["value"], color=QUIET, linewidth=1, linestyle="--")
-        return _svg(figure, "quality-bars", "KL to the parent and perplexity per model")
+        return svg_of(figure, "quality-bars", "KL to the parent and perplexity per model")
 
 
 def speed_bars(benchmark: dict[str, Any]) -> str:
     """Draw the time to read the prompt and the speed of writing, per model."""
     models = {name: item for name, item in benchmark.items() if isinstance(item, dict) and "prefill_s" in item}
-    with _canvas(PAGE, 2.9) as figure:
+    with canvas(PAGE, 2.9) as figure:
         prefill, decode = figure.subplots(1, 2)
         _bars(prefill, {name: item["prefill_s"] for name, item in models.items()})
         _bars(decode, {name: item["decode_tokens_per_s"] for name, item in models.items()})
         read, write = benchmark["prompt_tokens"], benchmark["new_tokens"]
         prefill.set(title=f"Reading {read} tokens (lower is better)", ylabel="prefill (s)")
         decode.set(title=f"Writing {write} tokens (higher is better)", ylabel="decode (tokens per s)")
-        return _svg(figure, "speed-bars", "Prefill time and decode speed per model")
+        return svg_of(figure, "speed-bars", "Prefill time and decode speed per model")

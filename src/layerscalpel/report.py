@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from layerscalpel import plots
-from layerscalpel.card import Results, environment, words
+from layerscalpel import layerplots, plots, searchplots
+from layerscalpel.card import environment, words
+from layerscalpel.summary import Results, removed_segments
 
 
 def render_report(results: Results, config: dict[str, Any], provenance: dict[str, Any]) -> str:
@@ -24,11 +25,13 @@ def render_report(results: Results, config: dict[str, Any], provenance: dict[str
 
 def _figures(results: Results) -> dict[str, str]:
     """Return every figure that the results allow, as SVG text."""
-    search, segment = results.get("search", {}), results.get("segment", [])
+    search, runs = results.get("search", {}), [(run.start, run.stop) for run in removed_segments(results)]
     drawings = {
-        "kl_curve": (search.get("scores"), lambda: plots.kl_curve(search, segment)),
-        "gate_paths": (search.get("gate"), lambda: plots.gate_paths(search)),
-        "similarity_map": (search.get("similarity"), lambda: plots.similarity_map(search, segment)),
+        "kl_curve": (search.get("scores"), lambda: searchplots.kl_curve(search, runs)),
+        "gate_paths": (search.get("gate"), lambda: searchplots.gate_paths(search)),
+        "surface_map": (search.get("surface"), lambda: searchplots.surface_map(search, runs)),
+        "layer_profiles": (search.get("layers"), lambda: layerplots.layer_profiles(search, runs)),
+        "similarity_map": (search.get("similarity"), lambda: layerplots.similarity_map(search, runs)),
         "loss_curve": (results.get("heal"), lambda: plots.loss_curve(results["heal"])),
         "quality_bars": (results.get("evaluate"), lambda: plots.quality_bars(results["evaluate"])),
         "speed_bars": (results.get("benchmark"), lambda: plots.speed_bars(results["benchmark"])),

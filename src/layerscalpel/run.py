@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layerscalpel import stages
+from layerscalpel import parallel, stages
 from layerscalpel.config import Config
-from layerscalpel.progress import say
+from layerscalpel.errors import UserError
+from layerscalpel.progress import say, set_quiet
 from layerscalpel.rundir import RunDir, provenance, stages_until, write_json
-from layerscalpel.segment import Segment
+from layerscalpel.segment import Segment, spoken
+from layerscalpel.workbench import Workbench, check_before_loading
 
 
 def run(config: Config, out: str | Path, *, until: str = "report", redo: str | None = None) -> dict[str, Any]:
@@ -34,21 +36,23 @@ def run(config: Config, out: str | Path, *, until: str = "report", redo: str | N
     """
     began = time.time()
     wanted = stages_until(until)
-    stages.check_before_loading(config, wanted)
-    folder = RunDir(out, config, redo=redo)
-    bench = stages.Workbench(config, folder.path, wanted)
+    parallel.join(config.model.device)
+    check_before_loading(config, wanted)
+    bench = Workbench(config, Path(out), wanted)
+    if parallel.rank():
+        return help_search(bench)
+    folder = open_for_all(out, config, redo)
     try:
         found = folder.stage("search", partial(stages.search, bench))
-        start, stop = found["segment"]
-        segment = Segment(start, stop, found["parent"]["num_layers"])
-        say(f"{'searched' if 'method' in found else 'given'}: {segment}")
+        segments = [Segment(start, stop, found["parent"]["num_layers"]) for start, stop in found["segments"]]
+        say(f"{'searched' if 'method' in found else 'given'}: {spoken(segments)}")
 
         steps = {
-            "cut": partial(stages.cut, bench, segment),
-            "stitch": partial(stages.stitch, bench, segment),
-            "heal": partial(stages.heal, bench, segment),
+            "cut": partial(stages.cut, bench, segments),
+            "stitch": partial(stages.stitch, bench, segments),
+            "heal": partial(stages.heal, bench, segments),
             "evaluate": partial(stages.evaluate, bench),
-            "benchmark": partial(stages.benchmark, bench, segment),
+            "benchmark": partial(stages.benchmark, bench, segments),
         }
         for name in [stage for stage in wanted if stage in steps]:
             folder.stage(name, steps[name])
@@ -58,4 +62,27 @@ def run(config: Config, out: str | Path, *, until: str = "report", redo: str | N
             folder.stage("report", partial(stages.report, bench, folder.results(), origin))
         return folder.results()
     finally:
+        bench.close()
         folder.close()
+
+
+def open_for_all(out: str | Path, config: Config, redo: str | None) -> RunDir:
+    """Open the run directory, and tell the other processes whether there is a search to help with."""
+    try:
+        folder = RunDir(out, config, redo=redo)
+    except UserError:
+        parallel.first_says(False)  # else they would wait for one
+        raise
+    parallel.first_says(folder.done("search") is None)
+    return folder
+
+
+def help_search(bench: Workbench) -> dict[str, Any]:
+    """Do this process's share of a search that rank 0 leads; it alone writes and goes on, so nothing is returned."""
+    set_quiet(True)
+    try:
+        if parallel.first_says(None):
+            stages.search(bench, bench.path)
+    finally:
+        bench.close()
+    return {}

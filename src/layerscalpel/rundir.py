@@ -36,8 +36,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "report": (),
 }
 """Stages in order, and the settings that each adds to what the ones before it depend on."""
-ELSEWHERE = ("device",)
-"""Model settings that say where a run computes; another machine may go on with it."""
+ELSEWHERE = {"model": ("device", "offload"), "search": ("device_gib", "stream_gib")}
+"""Settings that say where a run computes; another machine may go on with it."""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -80,15 +80,25 @@ def file_identity(name: str) -> str:
 def fingerprints(config: Config) -> dict[str, str]:
     """Return {stage: hash} of the settings and inputs that decide each stage's result."""
     settings = to_dict(config)
-    settings["model"] = {key: value for key, value in settings["model"].items() if key not in ELSEWHERE}
+    for section, names in ELSEWHERE.items():
+        settings[section] = {key: value for key, value in settings[section].items() if key not in names}
     inputs = [file_identity(n) for n in (config.model.name, *map(str, _sources(config)))]
     chain, result = json.dumps(inputs), {}
     for stage, sections in STAGES.items():
         before = result["heal"] if stage == "benchmark" else chain  # it does not depend on evaluate
+        sections = (*sections, *(_read_by_search(config) if stage == "search" else ()))
         chain = hashlib.sha256((before + json.dumps([settings[name] for name in sections])).encode()).hexdigest()
         result[stage] = chain
     result["report"] = hashlib.sha256((result["evaluate"] + result["benchmark"]).encode()).hexdigest()
     return result
+
+
+def _read_by_search(config: Config) -> tuple[str, ...]:
+    """Return the sections of later stages that this search reads too."""
+    if config.target.segment is not None:
+        return ()
+    pilots, times = config.search.method == "pilot", config.target.latency_ms is not None
+    return (("heal",) if pilots else ()) + (("benchmark",) if times else ())
 
 
 def _sources(config: Config) -> tuple[str, str, str]:
@@ -211,7 +221,7 @@ def collect(path: Path) -> dict[str, Any]:
     stages.pop("report", None)
     data = {part: found for result in stages.values() for part, found in result.pop("data", {}).items()}
     found = stages.get("search", {})
-    head = {key: found.pop(key) for key in ("parent", "segment") if key in found}
+    head = {key: found.pop(key) for key in ("parent", "segment", "segments") if key in found}
     return head | {"data": data} | {name: result for name, result in stages.items() if not result.get("skipped")}
 
 

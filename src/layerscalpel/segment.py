@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from layerscalpel.errors import UserError
@@ -39,6 +40,27 @@ class Segment:
     def kept(self) -> list[int]:
         """Return the old indices of the layers that stay, in order."""
         return [i for i in range(self.num_layers) if not self.start <= i < self.stop]
+
+
+def segments_of(removal: Iterable[int], num_layers: int) -> list[Segment]:
+    """Return the runs of layers that a removal, the indices of the removed layers, is made of, in order."""
+    removed = set(removal)
+    starts = [i for i in sorted(removed) if i - 1 not in removed]
+    stops = [i + 1 for i in sorted(removed) if i + 1 not in removed]
+    return [Segment(start, stop, num_layers) for start, stop in zip(starts, stops, strict=True)]
+
+
+def seams_of(segments: Sequence[Segment]) -> list[int]:
+    """Return for each segment, in order, the cut model's first layer after its seam."""
+    return [run.start - sum(map(len, segments[:i])) for i, run in enumerate(segments)]
+
+
+def spoken(segments: Sequence[Segment]) -> str:
+    """Return how removed segments are spoken of, whether one or several."""
+    if len(segments) == 1:
+        return str(segments[0])
+    runs = " and ".join(str(segment).rpartition(", ")[0] + ")" for segment in segments)
+    return f"{runs}, {sum(map(len, segments))} of {segments[0].num_layers}"
 
 
 def parse_segment(text: str, num_layers: int) -> Segment:

