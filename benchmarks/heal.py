@@ -23,7 +23,8 @@ from layerscalpel.data import prepare_blocks
 from layerscalpel.decoder import load_decoder, save_decoder
 from layerscalpel.evaluate import Reference, evaluate, final_hidden
 from layerscalpel.heal import HEALERS
-from layerscalpel.layers import Decoder, find_layers
+from layerscalpel.layers import Decoder
+from layerscalpel.probe import find_layers
 from layerscalpel.segment import Segment
 
 
@@ -90,7 +91,7 @@ def main() -> None:
                 found = HEALERS["endpoint"].train(
                     find_layers(student),
                     parent,
-                    segment.start,
+                    [segment.start],
                     parts.healing,
                     parts.validation,
                     recipe,

@@ -1,36 +1,66 @@
-"""Search on a real model: does the exact scan find the optimum with few blocks, does the gate, and at what arithmetic.
+"""The exact scores on a real model: do few blocks give the optimum of many, and are they those of a naive loop?
 
-    python benchmarks/search.py --model demo --text c4.jsonl.gz --out docs/benchmarks/search.json
+    python benchmarks/search.py --c4 c4.jsonl.gz --out docs/benchmarks/search.json --minutes 3
+    python benchmarks/search.py --out docs/benchmarks/search.json --table
 
-Every part is appended to the output as it is measured.
+exact  The start with the lowest KL on 4 and on 64 blocks, for every n and seed, and the seconds that both took.
+naive  One forward for each window instead of one for all: the largest difference of a score, the seconds of both, and
+       the arithmetic of the exact search over its full count, (L - n)(L - n + 1) / 2 + L layers and L - n + 2 heads.
+
+What the search costs with its race, beside the gate and on larger shapes, is in scale.py; how far the gate gets, in
+gate_study.py; by which text and in how many runs to choose, in choices.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from pathlib import Path
+import functools
+from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from measuring import (
+    Row,
+    Rows,
+    UnitCosts,
+    all_windows,
+    arguments,
+    blocks_of,
+    countable,
+    flops_of,
+    has,
+    seconds,
+    table,
+    with_error,
+)
+from torch import Tensor
 
-from layerscalpel.config import build_config
-from layerscalpel.data import prepare_blocks
 from layerscalpel.decoder import load_decoder
 from layerscalpel.exact import score_windows
-from layerscalpel.gate import learn_starts, spread_starts
-from layerscalpel.layers import Decoder, bypass, device_of, find_layers, hidden_at
+from layerscalpel.hooks import bypass
+from layerscalpel.layers import Decoder, device_of
 from layerscalpel.losses import kl_to_parent, log_probabilities
-from layerscalpel.search import better_neighbours
+from layerscalpel.probe import find_layers
+from layerscalpel.progress import set_quiet
 from layerscalpel.segment import Segment
 
-DEPTHS = (3, 6, 9, 12)
-FEW, MANY = 4, 64
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    depths: tuple[int, ...] = (3, 6, 9, 12)
+    seeds: int = 3
+    few: int = 4
+    many: int = 64
+    block_tokens: int = 256
+
+
+TINY = Sizes(depths=(20,), seeds=1, few=2, many=4, block_tokens=16)
+"""To see whether it runs at all."""
 
 
 @torch.no_grad()
-def naive_scores(decoder: Decoder, tokens: torch.Tensor, num_removed: int) -> torch.Tensor:
+def naive_scores(decoder: Decoder, tokens: Tensor, num_removed: int) -> Tensor:
     """Return the KL [W] of every window by one full forward each."""
     tokens = tokens.to(device_of(decoder.model))
     parent = log_probabilities(decoder.model(input_ids=tokens, use_cache=False).logits)
@@ -42,118 +72,78 @@ def naive_scores(decoder: Decoder, tokens: torch.Tensor, num_removed: int) -> to
     return torch.stack(means).cpu()
 
 
-def flops_of(work) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        work()
-    return counter.get_total_flops()
+def exact(decoder: Decoder, tokens: Tensor, n: int, sizes: Sizes) -> Row:
+    """Score all windows on few and on many blocks."""
+    few, few_s = seconds(lambda: score_windows(decoder, tokens[: sizes.few], num_removed=n))
+    many, many_s = seconds(lambda: score_windows(decoder, tokens, num_removed=n, batch_size=16))
+    best = many.mean(many.best()).to_dict()
+    starts = {"start_few": few.best(), "start_many": many.best(), "kl_nats_many": best}
+    return starts | {"blocks_few": sizes.few, "blocks_many": sizes.many, "wall_s_few": few_s, "wall_s_many": many_s}
 
 
-def full_count(decoder: Decoder, tokens: torch.Tensor, num_removed: int) -> float:
-    """Return the FLOPs of (L-n)(L-n+1)/2 + L layer passes and W + 1 head passes, from measured unit costs."""
-    depth, tokens = len(decoder), tokens.to(device_of(decoder.model))
-    two_layers = flops_of(lambda: hidden_at(decoder, tokens, 2))
-    one_layer = two_layers - flops_of(lambda: hidden_at(decoder, tokens, 1))
-    whole = flops_of(lambda: decoder.model(input_ids=tokens, use_cache=False))
-    head = whole - flops_of(lambda: hidden_at(decoder, tokens, depth))
-    kept = depth - num_removed
-    return (kept * (kept + 1) / 2 + depth) * one_layer + (kept + 2) * head
+def naive(decoder: Decoder, tokens: Tensor, n: int) -> Row:
+    """Compare with a loop over the windows."""
+    slow, slow_s = seconds(lambda: naive_scores(decoder, tokens, n))
+    fast, fast_s = seconds(lambda: score_windows(decoder, tokens, num_removed=n))
+    count = UnitCosts.of(decoder, tokens).full_count(len(decoder), all_windows(len(decoder), [n]))
+    with countable(decoder):
+        work = flops_of(lambda: score_windows(decoder, tokens, num_removed=n))
+    return {
+        "max_difference_nats": float((slow - fast.kl_WN.mean(1)).abs().max()),
+        "wall_s_naive": slow_s,
+        "wall_s_exact": fast_s,
+        "flops_over_full_count": work / count,
+    }
 
 
-def wall_s(work) -> tuple[object, float]:
-    began = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - began
+def measure(rows: Rows, given: argparse.Namespace, sizes: Sizes) -> None:
+    model, tokenizer, _ = load_decoder(given.model, device=given.device, dtype="float32")
+    decoder = find_layers(model)
+
+    @functools.cache
+    def tokens(seed: int) -> Tensor:
+        lengths = {"block_tokens": sizes.block_tokens, "evaluation_blocks": 2, "num_calibration": sizes.many}
+        return blocks_of(tokenizer, given.c4, given.c4, sizes=lengths, seed=seed).calibration.tokens
+
+    score_windows(decoder, tokens(0)[: sizes.few], num_removed=sizes.depths[0])  # the first call is slow
+    for n in sizes.depths:
+        rows.measure(lambda n=n: naive(decoder, tokens(0)[: sizes.few], n), part="naive", n=n, model=given.model)
+    for seed in range(sizes.seeds):
+        for n in sizes.depths:
+            key = {"part": "exact", "n": n, "seed": seed, "model": given.model}
+            rows.measure(lambda n=n, seed=seed: exact(decoder, tokens(seed), n, sizes), **key)
+
+
+def tables(rows: list[Row]) -> str:
+    """Return both tables."""
+    found = sorted((row for row in rows if has(row, {"part": "exact"})), key=lambda row: (row["n"], row["seed"]))
+    heads = ("n", "seed", "start, few blocks", "start, many", "KL, nats, many", "s, few", "s, many")
+    lines = []
+    for row in found:
+        starts, times = (row["start_few"], row["start_many"]), (row["wall_s_few"], row["wall_s_many"])
+        lines.append([row["n"], row["seed"], *starts, with_error(row["kl_nats_many"]), *(f"{t:.2f}" for t in times)])
+    first = "All windows:\n\n" + table(heads, lines)
+    heads = ("n", "largest difference, nats", "FLOPs over the full count", "s naive", "s exact")
+    lines = []
+    for row in sorted((row for row in rows if has(row, {"part": "naive"})), key=lambda row: row["n"]):
+        figures = (f"{row['max_difference_nats']:.1e}", f"{row['flops_over_full_count']:.4f}")
+        lines.append([row["n"], *figures, f"{row['wall_s_naive']:.2f}", f"{row['wall_s_exact']:.2f}"])
+    return first + "\n\nExact and a naive loop over windows, few blocks:\n\n" + table(heads, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--gate-blocks", type=int, default=128)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--c4", default="")
+    parser.add_argument("--tiny", action="store_true", help="short blocks, n = 20: does it run?")
     given = parser.parse_args()
-    model, tokenizer, _ = load_decoder(given.model, device=given.device, dtype="float32")
-    decoder = find_layers(model)
-    config = build_config([dict.fromkeys(("data.calibration", "data.evaluation", "data.healing"), given.text)])
-    rows: list[dict] = [{"device": str(device_of(model)), "torch": torch.__version__, "model": given.model}]
-    if torch.cuda.is_available():
-        rows[0]["device"] = torch.cuda.get_device_name()
-
-    def keep(row: dict) -> None:
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        given.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-    count = max(MANY, given.gate_blocks)
-    blocks = [
-        prepare_blocks(tokenizer, config.data, num_calibration=count, seed=seed, heal=False).calibration.tokens
-        for seed in range(given.seeds)
-    ]
-    scores_many = {}
-    for depth in DEPTHS:
-        for seed, tokens in enumerate(blocks):
-            few, few_s = wall_s(lambda t=tokens, n=depth: score_windows(decoder, t[:FEW], num_removed=n))
-            many, many_s = wall_s(
-                lambda t=tokens, n=depth: score_windows(decoder, t[:MANY], num_removed=n, batch_size=16)
-            )
-            scores_many[depth, seed] = many
-            keep(
-                {
-                    "part": "exact",
-                    "n": depth,
-                    "seed": seed,
-                    "start_4_blocks": few.best(),
-                    "start_64_blocks": many.best(),
-                    "kl_nats_64_blocks": many.mean(many.best()).to_dict(),
-                    "wall_s_4": few_s,
-                    "wall_s_64": many_s,
-                }
-            )
-    for depth in DEPTHS:
-        tokens = blocks[0][:FEW]
-        naive, naive_s = wall_s(lambda n=depth, t=tokens: naive_scores(decoder, t, n))
-        exact, exact_s = wall_s(lambda n=depth, t=tokens: score_windows(decoder, t, num_removed=n))
-        work = flops_of(lambda n=depth, t=tokens: score_windows(decoder, t, num_removed=n))
-        keep(
-            {
-                "part": "naive",
-                "n": depth,
-                "max_difference_nats": float((naive - exact.kl_WN.mean(1)).abs().max()),
-                "wall_s_naive": naive_s,
-                "wall_s_exact": exact_s,
-                "flops_over_full_count": work / full_count(decoder, tokens, depth),
-            }
-        )
-    for depth in DEPTHS:
-        last = len(decoder) - depth
-        for seed, tokens in enumerate(blocks):
-            path, took = wall_s(
-                lambda t=tokens, n=depth, e=last: learn_starts(
-                    decoder, t[: given.gate_blocks], num_removed=n, initial=spread_starts(5, e)
-                )
-            )
-            best = scores_many[depth, seed].best()
-            ends = better_neighbours(scores_many[depth, seed], path.neighbours(last))
-            chosen = min(ends, key=lambda s, d=depth, k=seed: scores_many[d, k].mean(s).value)
-            keep(
-                {
-                    "part": "gate",
-                    "n": depth,
-                    "seed": seed,
-                    "learned": [round(a, 2) for a in path.starts[-1]],
-                    "ends": ends,
-                    "rounded_at_optimum": path.ends(last).count(best),
-                    "optimum": best,
-                    "chosen": chosen,
-                    "starts_at_optimum": ends.count(best),
-                    "wall_s": took,
-                    "steps": len(path.losses),
-                }
-            )
+    rows = Rows(given.out, given.minutes, again=given.again)
+    if not given.table:
+        if not given.c4:
+            parser.error("give --c4")
+        set_quiet(True)
+        measure(rows, given, TINY if given.tiny else Sizes())
+    print(tables(rows.all))
 
 
 if __name__ == "__main__":
