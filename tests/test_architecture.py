@@ -78,6 +78,7 @@ ORDER = [
     "searchplots",
     "layerplots",
     "report",
+    "aside",
     "rundir",
     "history",
     "checkpoint",

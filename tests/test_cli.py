@@ -10,7 +10,7 @@ import torch
 from checkpoints import SameProcess, names
 
 from layerscalpel import checkpoint, shards
-from layerscalpel.cli import main
+from layerscalpel.cli import build_parser, main, settings_of
 
 
 def refused(capsys, *argv: object) -> str:
@@ -148,3 +148,9 @@ def test_methods_lists_every_table(capsys) -> None:
     assert main(["methods"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in ("clp", "angular", "endpoint", "passages", "2510.23652"))
+
+
+def test_all_rates_is_a_flag_of_its_own() -> None:
+    arguments = build_parser().parse_args(["search", "model", "--all-rates"])
+    assert settings_of(arguments).search.all_rates
+    assert not settings_of(build_parser().parse_args(["search", "model"])).search.all_rates

@@ -12,7 +12,7 @@ import torch
 from checkpoints import SameProcess
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from layerscalpel import checkpoint, heal, stages
+from layerscalpel import aside, checkpoint, heal, stages
 from layerscalpel.cli import main
 from layerscalpel.rundir import STAGES
 
@@ -148,6 +148,28 @@ def test_a_refused_redo_leaves_what_is_finished(world: Path) -> None:
     assert scalpel(world, "run", "kept", "--until", "heal", "--redo", "heal", "--layers", "3") == 2
     assert results_of(world / "kept") == before
     assert (world / "kept" / "heal" / "done.json").is_file()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder but the log of events."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "events.jsonl"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_redo_that_fails_leaves_all_as_it_was(world: Path, capsys) -> None:
+    assert scalpel(world, "run", "lost", "--until", "cut") == 0
+    before = contents(world / "lost")
+    assert main(["search", str(world / "lost"), "--target-params", "100"]) == 2
+    assert "no cut that leaves 2 layers comes to 100 parameters" in capsys.readouterr().err
+    assert contents(world / "lost") == before
+
+
+def test_what_a_killed_redo_had_set_aside_is_there_again(world: Path) -> None:
+    assert scalpel(world, "run", "killed", "--until", "cut") == 0
+    before = contents(world / "killed")
+    aside.set_aside(world / "killed", ["search", "cut"])
+    assert scalpel(world, "run", "killed", "--until", "cut") == 0
+    assert contents(world / "killed") == before
 
 
 def test_an_unproven_cut_is_not_taken_for_a_proven_one(world: Path, capsys) -> None:

@@ -101,6 +101,7 @@ def _command(commands: Any, name: str, sentence: str, target: str) -> Parser:
     )
     for flag, (key, section) in FLAGS.items():
         command.add_argument(flag, dest=key, metavar="X", help=sentences(section)[key.rpartition(".")[2]])
+    command.add_argument("--all-rates", action="store_true", help=sentences(SearchSettings)["all_rates"])
     _permissions(command)
     command.add_argument("--recipe", metavar="FILE", help="YAML file of settings")
     command.add_argument(
@@ -134,6 +135,8 @@ def settings_of(arguments: argparse.Namespace, base: dict[str, Any] | None = Non
     above = dict(parse_assignment(text) for text in arguments.assignments)
     above |= {k: v if k in texts else parse_assignment(f"{k}={v}")[1] for k, v in given.items()}
     above |= {f"model.{name}": True for name in PERMISSIONS if getattr(arguments, name)}
+    if getattr(arguments, "all_rates", False):
+        above["search.all_rates"] = True
     if getattr(arguments, "no_verify", False):
         above["cut.proof"] = "none"
     named = {key.replace("__", "."): value for key, value in fixed.items()}

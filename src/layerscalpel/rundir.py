@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from layerscalpel import aside
 from layerscalpel.config import Config, YamlLoader, to_dict
 from layerscalpel.errors import UserError
 
@@ -118,9 +119,11 @@ class RunDir:
         self.fingerprints = fingerprints(config)
         self._refuse_foreign()
         self._lock = self._locked()
+        if aside.restore(self.path):  # by a call that was killed while it did something again
+            write_json(self.path / "results.json", self.results())
         stale = stages_from(redo) if redo else []
         self._refuse_other_settings(stale)
-        self._remove(stale)
+        self._set_aside(stale)
         (self.path / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
     def _refuse_foreign(self) -> None:
@@ -145,13 +148,10 @@ class RunDir:
             ) from error
         return lock
 
-    def _remove(self, stale: list[str]) -> None:
-        """Remove what is to be redone, checkpoints and pages too: nothing of it may look finished."""
-        for stage in stale:
-            shutil.rmtree(self.path / stage, ignore_errors=True)
+    def _set_aside(self, stale: list[str]) -> None:
+        """Set aside what is to be redone, checkpoints and pages too, until the first stage of it is done again."""
         if stale:
-            for page in ("report.html", "README.md"):
-                (self.path / page).unlink(missing_ok=True)
+            aside.set_aside(self.path, [*stale, "report.html", "README.md"])
             write_json(self.path / "results.json", self.results())
 
     def _refuse_other_settings(self, stale: list[str]) -> None:
@@ -191,6 +191,7 @@ class RunDir:
         result = work(folder) | {"wall_s": round(time.monotonic() - began, 2)}
         write_json(folder / "done.json", {"fingerprint": self.fingerprints[name], "result": result})
         mark.unlink()
+        aside.drop(self.path)
         self.event("done", name, wall_s=result["wall_s"])
         write_json(self.path / "results.json", self.results())
         return result
@@ -211,7 +212,9 @@ class RunDir:
         return read_json(path) if path.exists() else {}
 
     def close(self) -> None:
-        """Let other processes in."""
+        """Let other processes in; what was to be redone and was not is there again."""
+        if aside.restore(self.path):
+            write_json(self.path / "results.json", self.results())
         self._lock.close()
 
 
