@@ -80,6 +80,7 @@ PILOT, STITCHED = {"search.method": "pilot"}, {"search.segments": 2, "stitch.met
         (OFFLOAD | PILOT, "search.method=pilot learns with all weights in memory"),
         (OFFLOAD | {"model.offload": "cpu"}, "search.method=clp learns"),
         (PILOT | NO_HEALING, "search.method=pilot heals its candidates - choose a heal.method, or --search clp"),
+        (PILOT | {"search.segments": 2}, "search.segments=2 compares exact scores, search.method=pilot does not"),
         (STITCHED, "a stitch mends one seam - leave out stitch.method, or --segments"),
         ({"search.initial_start": 3.0}, "search.initial_start is for a single start - add search.num_starts=1"),
     ],
@@ -91,7 +92,7 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict, expected: 
 
 
 def test_all_that_does_not_go_together_is_told_at_once() -> None:
-    assert len(complaint(OFFLOAD | PILOT | NO_HEALING | STITCHED | {"target.rate": 2.0}).splitlines()) == 4
+    assert len(complaint(OFFLOAD | PILOT | NO_HEALING | STITCHED | {"target.rate": 2.0}).splitlines()) == 5
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,6 @@ def test_all_that_does_not_go_together_is_told_at_once() -> None:
         STITCHED | SEGMENT,
         *(OFFLOAD | {"search.method": method} for method in ("exact", "angular", "influence", "last", "random")),
         OFFLOAD | {"search.method": "exact", "search.segments": 2},
-        PILOT | {"search.segments": 2},
         STITCHED | {"search.segments": 1},
     ],
 )

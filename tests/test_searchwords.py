@@ -123,7 +123,7 @@ def test_topics_are_told_only_where_there_is_something():
     ("make", "said"),
     [
         (rates_results, "At most 0.9 nats of KL to the parent were asked for: 7 layers is the most whose best window"),
-        (rates_results, "Up to 15 layers were tried. On held-out text the cut model costs 0.721 ± 0.018 nats."),
+        (rates_results, "Runs of up to 15 layers were tried. On held-out text the cut model costs 0.721 ± 0.018 nats."),
         (
             pilot_results,
             "At most 114,000,000 parameters were asked for: 6 layers is the least that leaves so few, at 7",

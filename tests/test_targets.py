@@ -93,9 +93,7 @@ def test_a_kl_that_no_cut_keeps_says_what_the_best_costs() -> None:
     decoder = find_layers(tiny("llama"))
     scores = score_windows(decoder, tokens(4), num_removed=1)
     best = scores.mean(scores.best()).value
-    with pytest.raises(
-        UserError, match=rf"within 0\.001 nats: the best, of 1 layers, costs {best:.3f} - give a larger"
-    ):
+    with pytest.raises(UserError, match=rf"within 0\.001 nats: the best, of n = 1, costs {best:.3f} - give a larger"):
         aimed(decoder, TargetSettings(max_kl=0.001))
 
 

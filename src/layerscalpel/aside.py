@@ -1,8 +1,8 @@
 """Set aside what is to be done again, until its replacement is there: an attempt that fails costs nothing.
 
-    set_aside(run, ["cut", "report.html"])
-    ...                # done again
-    drop(run)          # or restore(run), also after a crash
+set_aside(run, ["cut", "report.html"])
+...                # done again
+drop(run)          # or restore(run), also after a crash
 """
 
 from __future__ import annotations

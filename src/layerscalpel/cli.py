@@ -53,6 +53,10 @@ PERMISSIONS = ("trust_remote_code", "allow_pickle")
 """Flags that allow what a checkpoint may otherwise not do."""
 
 
+WIDE = 160
+"""Columns of a wide table where no terminal limits it."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line."""
 
@@ -169,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"scalpel: {what} - mend that, or choose another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = "nothing was written" if arguments.command == "cut" else "the same command goes on where it stopped"
+        goes_on = "nothing was written" if arguments.command == "cut" else "what is finished stays; call it again"
         print(f"scalpel: interrupted - {goes_on}", file=sys.stderr)
         return 130
     return 0
@@ -195,8 +199,13 @@ def _go(config: Config, arguments: argparse.Namespace, *, until: str | None, red
             return
     else:
         say(f"{out} is finished; nothing to do")
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if not is_helper():
         show(results, out, arguments.json)
+
+
+def is_helper() -> bool:
+    """Tell whether this is one of several processes, and not the one that writes and speaks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
 def show(results: dict[str, Any], out: Path, as_json: bool) -> None:
@@ -240,6 +249,8 @@ def stage_command(arguments: argparse.Namespace) -> None:
 def cut_command(arguments: argparse.Namespace) -> None:
     """`scalpel cut`: just the surgery."""
     config = settings_of(arguments, model__name=arguments.target)
+    if is_helper():  # surgery takes one
+        return
     if not config.target.segment or not arguments.out:
         raise UserError("scalpel cut needs --segment START:STOP and --out DIR, as --segment 13:19 --out cut")
     out = Path(arguments.out).expanduser()
@@ -269,7 +280,8 @@ def compare_command(arguments: argparse.Namespace) -> None:
 
     from layerscalpel.tables import comparison_table
 
-    Console().print(comparison_table(runs))
+    console = Console()
+    console.print(comparison_table(runs), width=None if console.is_terminal else WIDE)
 
 
 def inspect_command(arguments: argparse.Namespace) -> None:

@@ -82,9 +82,13 @@ def better_neighbours(scores: WindowScores, pairs: Sequence[tuple[int, int]]) ->
 
 
 def certificate(raced: Raced, ends: list[int]) -> dict[str, Any]:
-    """State what the gate chose, the exact optimum, and the difference in nats, paired over blocks."""
+    """State what the gate chose, the exact optimum, and the difference in nats, paired over blocks.
+
+    A window that was refused in the race is the gate's choice only if all of its ends were.
+    """
     scores, best = raced.scores, raced.winner
-    gate_choice = min(ends, key=lambda start: scores.margin(best, start).value)
+    allowed = [start for start in ends if str(start) not in raced.refused] or ends
+    gate_choice = min(allowed, key=lambda start: scores.margin(best, start).value)
     return {
         "gate_start": gate_choice,
         "exact_start": best,

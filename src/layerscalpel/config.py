@@ -150,7 +150,7 @@ class SearchSettings:
     device_gib: float | None = bounded(None, 0.0)
     """Device memory for hidden states of an offloaded model; None takes half of what is free."""
     stream_gib: float = bounded(8.0, 0.0)
-    """Host memory for hidden states of an offloaded model; past it they go to a memory-mapped file."""
+    """Host memory for hidden states of an offloaded model; past it they go to a file."""
     gate_blocks: int = bounded(128, 1)
     """Calibration blocks the gate learns from, one pass, one step per block."""
     num_starts: int = bounded(5, 1)
@@ -397,6 +397,8 @@ def _search_findings(config: Config) -> Iterator[str]:
         yield f"search.method={method} learns with all weights in memory - with --offload add --search exact"
     if method == "pilot" and config.heal.method == "none":
         yield "search.method=pilot heals its candidates - choose a heal.method, or --search clp"
+    if search.segments > 1 and method not in ("exact", "clp"):
+        yield f"search.segments=2 compares exact scores, search.method={method} does not - add --search exact, or clp"
     if search.segments > 1 and config.stitch.method != "none":
         yield "a stitch mends one seam - leave out stitch.method, or --segments"
 

@@ -58,6 +58,11 @@ class WindowScores:
         """Return the mean of KL(other) - KL(start), paired over the blocks that both saw."""
         return self._over_blocks(self._row(other) - self._row(start))
 
+    def only(self, starts: Sequence[int]) -> WindowScores:
+        """Return the scores of some of the windows."""
+        rows = [self.starts.index(start) for start in starts]
+        return WindowScores(tuple(starts), self.num_removed, self.kl_WN[rows], self.block_tokens)
+
     def to_dict(self) -> dict[str, dict[str, float | int | None]]:
         """Return {start: {kl_nats, se, num_blocks}}."""
         found = {}

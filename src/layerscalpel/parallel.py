@@ -18,6 +18,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from layerscalpel.errors import UserError
+
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others, as while one of them heals more pilots."""
 
@@ -29,7 +31,7 @@ def world() -> int:
 
 def rank() -> int:
     """Return this process's number, 0 for the one that writes."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if world() > 1 else 0
 
 
 def join(device: str) -> None:
@@ -37,7 +39,13 @@ def join(device: str) -> None:
 
     Args:
         device: as the setting model.device; with `cpu` processes talk through gloo.
+
+    Raises:
+        UserError: the environment tells of several processes, but not how to meet them.
     """
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world() > 1 and missing:
+        raise UserError(f"WORLD_SIZE={world()} is set without {', '.join(missing)} - launch with torchrun, or unset it")
     if world() > 1 and not torch.distributed.is_initialized():
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         PartialState(cpu=on_cpu, timeout=PATIENCE)

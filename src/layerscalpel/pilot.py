@@ -17,7 +17,6 @@ import math
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from typing import Any
 
 from layerscalpel import parallel
@@ -54,8 +53,9 @@ def find_pilot(task: Task) -> SearchResult:
     assert task.pilots is not None, "stages.py gives healing blocks to every search that heals"
     path, raced = learned(task), raced_windows(task)
     ends = better_neighbours(raced.scores, path.neighbours(task.last_start()))
-    allowed = (start for start in candidates(raced.scores, ends) if _allowed(task, start))
-    starts = list(islice(allowed, task.settings.pilot_count)) or [raced.winner]
+    allowed = [start for start in raced.scores.starts if _allowed(task, start)]
+    mine = [end for end in ends if end in allowed]
+    starts = candidates(raced.scores.only(allowed), mine)[: task.settings.pilot_count]
     pilots = heal_all(task, task.pilots, starts)
     best = best_pilot(pilots)
     details: dict[str, Any] = {
@@ -76,7 +76,7 @@ def candidates(scores: WindowScores, ends: list[int]) -> list[int]:
     """Return the starts that are worth a pilot, the lowest KL first: the curve's local minima and the gate's ends.
 
     Args:
-        scores: of all windows; compared on the blocks that every window saw.
+        scores: of all windows that can be cut; compared on the blocks that every window saw.
         ends: where the gate's starts ended.
     """
     together = scores.kl_WN[:, : min(scores.blocks(start) for start in scores.starts)].mean(1).tolist()
@@ -107,8 +107,10 @@ def _heal(task: Task, given: Pilots, start: int, text: TokenBlocks, reference: R
     assert train is not None, "a recipe that heals nothing has no pilots"
     parent = task.decoder if settings.objective != "ce" else None
     scratch = given.scratch / f"pilot-{start}"
-    healed = train(child, parent, [start], blocks, given.validation, settings, seed=task.seed, scratch=scratch)
-    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        healed = train(child, parent, [start], blocks, given.validation, settings, seed=task.seed, scratch=scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     found = evaluate(child, text, reference, batch_size=task.settings.batch_size, label=f"pilot at {start}")
     assert found.kl_nats is not None
     assert found.top1_agreement_fraction is not None

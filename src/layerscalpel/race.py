@@ -127,7 +127,7 @@ class RaceResult:
         num_blocks = max(self.num_blocks(c) for c in self._members(group))
         margin = self.margin(group)
         return {
-            "confidence": self.confidence,
+            "confidence": self.confidence if self.looks else 0.0,  # where nothing can be dropped nothing is stated
             "first_blocks": self.looks[0] if self.looks else num_blocks,
             "num_blocks": num_blocks,
             "left": [names[c] for c in self.left(group)],

@@ -43,7 +43,9 @@ def run(config: Config, out: str | Path, *, until: str = "report", redo: str | N
         return help_search(bench)
     folder = open_for_all(out, config, redo)
     try:
+        bench.together = folder.done("search") is None
         found = folder.stage("search", partial(stages.search, bench))
+        bench.together = False
         segments = [Segment(start, stop, found["parent"]["num_layers"]) for start, stop in found["segments"]]
         say(f"{'searched' if 'method' in found else 'given'}: {spoken(segments)}")
 
@@ -82,6 +84,7 @@ def help_search(bench: Workbench) -> dict[str, Any]:
     set_quiet(True)
     try:
         if parallel.first_says(None):
+            bench.together = True
             stages.search(bench, bench.path)
     finally:
         bench.close()

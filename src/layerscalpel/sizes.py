@@ -49,13 +49,14 @@ def _holders(module: nn.Module) -> Counter[int]:
     return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
-def windows_within(parameters: int, per_layer: Sequence[int], target: int) -> tuple[int, list[int]]:
+def windows_within(parameters: int, per_layer: Sequence[int], target: int, *, least: int = 1) -> tuple[int, list[int]]:
     """Return the smallest n of which a window leaves at most `target` parameters, and the starts of all that do.
 
     Args:
         parameters: of the parent.
         per_layer: what goes away with each of its layers.
         target: the most that may stay.
+        least: the smallest n that is tried.
 
     Raises:
         UserError: the parent is small enough already, or no cut that leaves 2 layers is.
@@ -65,13 +66,13 @@ def windows_within(parameters: int, per_layer: Sequence[int], target: int) -> tu
             f"the parent already has {parameters:,} parameters, no more than the {target:,} asked for"
             " - nothing to remove - give a smaller --target-params"
         )
-    least = parameters
-    for num_removed in range(1, len(per_layer) - 1):
+    fewest = parameters
+    for num_removed in range(least, len(per_layer) - 1):
         starts = range(len(per_layer) - num_removed + 1)
         left = [parameters - sum(per_layer[start : start + num_removed]) for start in starts]
         if fitting := [start for start in starts if left[start] <= target]:
             return num_removed, fitting
-        least = min(left)
+        fewest = min(left)
     raise UserError(
-        f"no cut that leaves 2 layers comes to {target:,} parameters - allowed: --target-params {least} or more"
+        f"no cut that leaves 2 layers comes to {target:,} parameters - allowed: --target-params {fewest} or more"
     )

@@ -86,6 +86,8 @@ def find_segments(bench: Workbench, tokens: Tensor) -> dict[str, Any]:
 def cut(bench: Workbench, segments: Sequence[Segment], folder: Path) -> dict[str, Any]:
     """Remove the segments, one after the other, the last one first; save each checkpoint and prove it."""
     origin, steps, loaded = bench.origin, [], bench.config.model.offload == "none"
+    for left in folder.glob("step-*"):  # by a call that was interrupted
+        shutil.rmtree(left)
     for number, segment in enumerate(reversed(segments), start=1):
         last = number == len(segments)
         out = folder / ("model" if last else f"step-{number}")

@@ -10,14 +10,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from layerscalpel import parallel
 from layerscalpel.config import BenchmarkSettings, TargetSettings
 from layerscalpel.decoder import num_parameters
 from layerscalpel.errors import UserError
+from layerscalpel.exact import score
 from layerscalpel.latency import Latency, layers_to_remove, measure_latency
+from layerscalpel.losses import Measured, block_mean
 from layerscalpel.segment import Segment, parse_segment
 from layerscalpel.sizes import layer_parameters, parse_count, windows_within
-from layerscalpel.streams import Removal
+from layerscalpel.streams import Removal, window
 from layerscalpel.task import Raced, Task, UncuttableError, race_windows
 
 Aimed = tuple[Task, dict[str, Any]]
@@ -80,7 +84,7 @@ def aim(task: Task, target: TargetSettings, benchmark: BenchmarkSettings) -> Aim
 
 def _raced_lengths(task: Task, *, needed: bool) -> dict[int, Raced]:
     try:
-        return race_windows(task, range(1, len(task.decoder) // 2 + 1))
+        return race_windows(task, range(1, min(len(task.decoder) // 2, len(task.decoder) - 2) + 1))
     except UncuttableError:  # a longer run may still be cut
         if needed:
             raise
@@ -88,12 +92,12 @@ def _raced_lengths(task: Task, *, needed: bool) -> dict[int, Raced]:
 
 
 def _for_kl(task: Task, most: float) -> Aimed:
-    means = {n: raced.scores.mean(raced.winner) for n, raced in task.raced.items()}
+    means = _winners_on_all_blocks(task)
     within = [n for n, mean in means.items() if mean.value <= most]
     if not within:
         least = min(means, key=lambda n: means[n].value)
         raise UserError(
-            f"no cut stays within {most:g} nats: the best, of {least} layers, costs {means[least].value:.3f}"
+            f"no cut stays within {most:g} nats: the best, of n = {least}, costs {means[least].value:.3f}"
             " - give a larger --max-kl"
         )
     n = max(within)
@@ -101,9 +105,20 @@ def _for_kl(task: Task, most: float) -> Aimed:
     return replace(task, num_removed=n), facts | {"most_layers_tried": max(means)}
 
 
+def _winners_on_all_blocks(task: Task) -> dict[int, Measured]:
+    """Return the mean KL of the best window of each length; a race may have ended on few blocks, this is on all."""
+    tokens, lengths = task.tokens[: task.settings.num_blocks], list(task.raced)
+    removals = [window(task.raced[n].winner, n) for n in lengths]
+    kl_RN = score(task.decoder, tokens, removals, batch_size=task.settings.batch_size, store=task.store)
+    counts = torch.full((len(tokens),), tokens.shape[1])
+    return {n: block_mean(row, counts) for n, row in zip(lengths, kl_RN, strict=True)}
+
+
 def _for_parameters(task: Task, most: int) -> Aimed:
     whole, per_layer = num_parameters(task.decoder.model), layer_parameters(task.decoder)
     n, starts = windows_within(whole, per_layer, most)
+    while all(task.sound(window(start, n)) for start in starts) and n < len(per_layer) - 2:
+        n, starts = windows_within(whole, per_layer, most, least=n + 1)  # none of them can be cut
     reason = f"leaves more than the {most:,} parameters of --target-params"
     facts = {"kind": "params", "asked_parameters": most, "num_removed": n, "starts": starts}
 
@@ -111,7 +126,8 @@ def _for_parameters(task: Task, most: int) -> Aimed:
         is_part = len(removal) < n  # one of two runs
         return task.sound(removal) if is_part or whole - sum(per_layer[i] for i in removal) <= most else reason
 
-    return replace(task, num_removed=n, sound=sound), facts
+    before = {length: raced for length, raced in task.raced.items() if length != n}  # its race had another judge
+    return replace(task, num_removed=n, sound=sound, raced=before), facts
 
 
 def _for_latency(task: Task, most: float, benchmark: BenchmarkSettings) -> Aimed:

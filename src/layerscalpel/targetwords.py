@@ -23,8 +23,8 @@ def _kl_target(results: Results) -> str:
     n, asked = found["num_removed"], found["asked_kl_nats"]
     said = (
         f"At most {asked:g} nats of KL to the parent were asked for: {layers(n)} is the most whose best window stays"
-        f" within that, at {measured(found['kl_nats'])} nats on the text of the search. Up to"
-        f" {layers(found['most_layers_tried'])} were tried."
+        f" within that, at {measured(found['kl_nats'])} nats on the text of the search. Runs of"
+        f" up to {layers(found['most_layers_tried'])} were tried."
     )
     held_out = results.get("evaluate", {}).get("cut", {}).get("kl_nats")
     return f"{said} On held-out text the cut model costs {measured(held_out)} nats." if held_out else said

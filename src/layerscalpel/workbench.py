@@ -45,6 +45,8 @@ class Workbench:
 
     def __init__(self, config: Config, path: Path, wanted: list[str]) -> None:
         self.config, self.path, self.wanted = config, path, wanted
+        self.together = False
+        """Whether the other processes, if there are any, do the same now."""
         self._open = contextlib.ExitStack()
         self._checked: dict[Removal, str | None] = {}
 
@@ -124,7 +126,7 @@ class Workbench:
         sizes = {"num_blocks": num_blocks, "block_tokens": self.config.data.block_tokens}
         model, tokenizer = self.parent.model, self.parent.tokenizer
         mine = None if parallel.rank() else sample_blocks(model, tokenizer, seed=self.config.seed, **sizes)
-        return replace(parts, calibration=parallel.first_says(mine))
+        return replace(parts, calibration=parallel.first_says(mine) if self.together else mine)
 
     def pilots(self) -> Pilots | None:
         """Return what a search that heals its candidates needs."""
