@@ -29,12 +29,18 @@ def test_sizes_are_those_of_the_model(family, tmp_path):
     assert (found["bytes_per_layer"], found["shards"], found["quantised"]) == (4 * max(sizes), 1, None)
 
 
-def test_layers_of_several_classes_are_counted(tmp_path):
-    assert "6 x JambaMambaDecoderLayer, 2 x JambaAttentionDecoderLayer" in described(tmp_path, "jamba")["layers"]
+@pytest.fixture(scope="module")
+def jamba(tmp_path_factory) -> dict:
+    """What is told of a model some of whose places cannot be cut; it takes seconds."""
+    return described(tmp_path_factory.mktemp("jamba"), "jamba", 2)
 
 
-def test_every_place_is_tried_and_a_refusal_has_its_reason(tmp_path):
-    found = described(tmp_path, "jamba", 2)
+def test_layers_of_several_classes_are_counted(jamba):
+    assert "6 x JambaMambaDecoderLayer, 2 x JambaAttentionDecoderLayer" in jamba["layers"]
+
+
+def test_every_place_is_tried_and_a_refusal_has_its_reason(jamba):
+    found = jamba
     refused = {start: group["reason"] for group in found["refused_starts"] for start in group["starts"]}
     assert found["tried_layers"] == 2
     assert sorted([*found["sound_starts"], *refused]) == list(range(7))
