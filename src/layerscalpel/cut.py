@@ -14,15 +14,13 @@ import copy
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from layerscalpel.errors import UserError
 from layerscalpel.hooks import bypass
-from layerscalpel.layers import Decoder, all_tensors, device_of
+from layerscalpel.layers import Decoder, all_tensors, device_of, put_tensor
 from layerscalpel.plan import Plan, plan_cut
 from layerscalpel.segment import Segment
 from layerscalpel.shards import Stored, Weights, copy_weights
@@ -41,11 +39,7 @@ def cut_model(decoder: Decoder, segment: Segment) -> tuple[PreTrainedModel, dict
     plan = plan_cut(parent, segment)
     source = all_tensors(parent)
     for new in all_tensors(plan.cut):
-        owner, _, leaf = new.rpartition(".")
-        tensor = source[old_name(new, plan.path, segment)]
-        module = plan.cut.get_submodule(owner)
-        holders: Any = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
-        holders[leaf] = tensor
+        put_tensor(plan.cut, new, source[old_name(new, plan.path, segment)])
     plan.cut.generation_config = copy.deepcopy(parent.generation_config)
     _refuse_unequal_logits(decoder, plan.cut, segment)
     return plan.cut, plan.traces

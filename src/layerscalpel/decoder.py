@@ -14,7 +14,7 @@ import errno
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,11 +102,15 @@ def _with_all_weights(origin: Origin, where: str, **options: Any) -> Any:
             raise
         raise UserError(f"model {origin.name} cannot be loaded: {reason}") from error
     model, seen = loaded
-    bad = sorted({*seen["missing_keys"], *(key for key, *_shapes in seen["mismatched_keys"])})
-    if bad:
-        shown = ", ".join(bad[:3]) + (" ..." if len(bad) > 3 else "")
-        raise UserError(f"model {origin.name} lacks {len(bad)} tensors of the right shape ({shown}) - fetch it again")
+    refuse_gaps(origin.name, seen["missing_keys"], seen["mismatched_keys"])
     return model
+
+
+def refuse_gaps(name: str, missing: Iterable[str], mismatched: Iterable[tuple[Any, ...]]) -> None:
+    """Refuse a model whose files lack a tensor, or hold one of another shape: what transformers tells of a loading."""
+    if bad := sorted({*missing, *(key for key, *_shapes in mismatched)}):
+        shown = ", ".join(bad[:3]) + (" ..." if len(bad) > 3 else "")
+        raise UserError(f"model {name} lacks {len(bad)} tensors of the right shape ({shown}) - fetch it again")
 
 
 def require_all_weights(origin: Origin) -> None:

@@ -32,7 +32,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from layerscalpel.cut import layer_in
+from layerscalpel.decoder import refuse_gaps
 from layerscalpel.errors import UserError
+from layerscalpel.layers import put_tensor
 from layerscalpel.quiet import quiet_transformers
 from layerscalpel.reader import Arriving, Part, Reader
 from layerscalpel.shards import Stored, Weights
@@ -102,11 +104,8 @@ class Loader:
         return info
 
     def refuse_gaps(self, info: Any) -> None:
-        """Refuse what lacks a tensor: transformers itself would fill the gap with random numbers."""
-        if bad := sorted({*info.missing_keys, *(key for key, *_shapes in info.mismatched_keys)}):
-            shown = ", ".join(bad[:3]) + (" ..." if len(bad) > 3 else "")
-            reason = f"lacks {len(bad)} tensors of the right shape ({shown}) - fetch it again"
-            raise UserError(f"model {self.model.name_or_path} {reason}")
+        """Refuse files that lack a tensor, or hold one of another shape."""
+        refuse_gaps(str(self.model.name_or_path), info.missing_keys, info.mismatched_keys)
 
 
 class LayerFeed:
@@ -204,10 +203,7 @@ class LayerFeed:
 
     def _put_away(self, i: int) -> None:
         for name, tensor in self._absent[i].items():
-            owner, _, leaf = name.rpartition(".")
-            module = self._loader.model.get_submodule(owner)
-            holders: Any = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
-            holders[leaf] = tensor
+            put_tensor(self._loader.model, name, tensor)
         self._present = None
 
 

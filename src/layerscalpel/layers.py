@@ -133,6 +133,14 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     return model.base_model
 
 
+def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make a tensor the parameter or buffer of that dotted name."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    holders: Any = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+    holders[leaf] = tensor
+
+
 def all_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return {name: tensor} of all parameters and buffers; a shared one stands under each of its names."""
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))

@@ -29,6 +29,7 @@ from layerscalpel.heal import HEALERS, seam_layers
 from layerscalpel.layers import Decoder
 from layerscalpel.probe import find_layers
 from layerscalpel.progress import say
+from layerscalpel.streams import window
 from layerscalpel.task import Pilots, SearchResult, Task, raced_windows
 
 EQUAL_NATS = 0.01
@@ -53,7 +54,7 @@ def find_pilot(task: Task) -> SearchResult:
     assert task.pilots is not None, "stages.py gives healing blocks to every search that heals"
     path, raced = learned(task), raced_windows(task)
     ends = better_neighbours(raced.scores, path.neighbours(task.last_start()))
-    allowed = [start for start in raced.scores.starts if _allowed(task, start)]
+    allowed = [start for start in raced.scores.starts if task.sound(window(start, task.num_removed)) is None]
     mine = [end for end in ends if end in allowed]
     starts = candidates(raced.scores.only(allowed), mine)[: task.settings.pilot_count]
     pilots = heal_all(task, task.pilots, starts)
@@ -65,11 +66,6 @@ def find_pilot(task: Task) -> SearchResult:
         **by_products(raced),
     }
     return SearchResult("pilot", (task.segment(best.start),), raced.scores.to_dict(), details)
-
-
-def _allowed(task: Task, start: int) -> bool:
-    segment = task.segment(start)
-    return task.sound(tuple(range(segment.start, segment.stop))) is None
 
 
 def candidates(scores: WindowScores, ends: list[int]) -> list[int]:

@@ -127,11 +127,10 @@ def first_sound(result: SearchResult, task: Task) -> SearchResult:
     others = sorted((start for start in measured if start != chosen), key=lambda start: measured[start])
     refused: dict[str, str] = {}
     for start in [chosen, *others]:
-        segment = task.segment(start)
-        reason = task.sound(tuple(range(segment.start, segment.stop)))
+        reason = task.sound(window(start, task.num_removed))
         if reason is None:
             details = result.details | ({"refused": refused} if refused else {})
-            return replace(result, segments=(segment,), details=details)
+            return replace(result, segments=(task.segment(start),), details=details)
         refused[str(start)] = reason
     raise UserError(refused[str(chosen)])
 
