@@ -190,7 +190,7 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 def _go(config: Config, arguments: argparse.Namespace, *, until: str | None, redo: str | None) -> None:
     out = Path(arguments.out) if arguments.out else default_out(config.model.name)
-    results = finished_results(out, config, until, redo)
+    results = _finished(out, config, until, redo)
     if results is None:
         from layerscalpel.run import run  # torch and transformers take seconds to import
 
@@ -203,9 +203,27 @@ def _go(config: Config, arguments: argparse.Namespace, *, until: str | None, red
         show(results, out, arguments.json)
 
 
+def _finished(out: Path, config: Config, until: str | None, redo: str | None) -> dict[str, Any] | None:
+    """Return the results of a finished run, or None; of several processes the first one looks, for all.
+
+    Each looking for itself could see another state, as while the first one still writes.
+    """
+    if not is_one_of_several():
+        return finished_results(out, config, until, redo)
+    from layerscalpel import parallel
+
+    parallel.join(config.model.device)
+    return parallel.first_says(None if is_helper() else finished_results(out, config, until, redo))
+
+
+def is_one_of_several() -> bool:
+    """Tell whether a launcher started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def is_helper() -> bool:
     """Tell whether this is one of several processes, and not the one that writes and speaks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+    return is_one_of_several() and os.environ.get("RANK", "0") != "0"
 
 
 def show(results: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -229,16 +229,20 @@ def collect(path: Path) -> dict[str, Any]:
 
 
 def finished_results(path: str | Path, config: Config, until: str | None, redo: str | None) -> dict[str, Any] | None:
-    """Return the results if all wanted stages are finished with these settings, else None; loads nothing."""
-    path, last = Path(path), until or list(STAGES)[-1]
+    """Return the results if all wanted stages are finished with these settings, else None; loads nothing.
+
+    What cannot be read is not finished either: `RunDir` says what is wrong with it.
+    """
+    path, wanted = Path(path), stages_until(until or list(STAGES)[-1])
     if redo or not (path / "results.json").exists():
         return None
     expected = fingerprints(config)
-    for stage in stages_until(last):
-        done = path / stage / "done.json"
-        if not done.exists() or read_json(done)["fingerprint"] != expected[stage]:
+    try:
+        if any(read_json(path / stage / "done.json")["fingerprint"] != expected[stage] for stage in wanted):
             return None
-    return read_json(path / "results.json")
+        return read_json(path / "results.json")
+    except UserError:
+        return None
 
 
 def stages_until(last: str) -> list[str]:
