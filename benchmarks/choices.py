@@ -23,7 +23,6 @@ import torch
 from measuring import Row, Rows, arguments, blocks_of, paired, seconds, table, with_error
 from torch import Tensor
 
-from layerscalpel.config import SearchSettings
 from layerscalpel.data import Parts
 from layerscalpel.decoder import load_decoder
 from layerscalpel.exact import score, score_windows
@@ -32,6 +31,7 @@ from layerscalpel.losses import block_mean
 from layerscalpel.probe import find_layers
 from layerscalpel.progress import set_quiet
 from layerscalpel.selftext import sample_blocks
+from layerscalpel.settings import SearchSettings
 from layerscalpel.streams import Removal, window
 from layerscalpel.task import Raced, SearchResult, Task, race_windows
 from layerscalpel.tworuns import better_of_one_and_two

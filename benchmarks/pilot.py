@@ -31,7 +31,7 @@ from measuring import Row, Rows, arguments, seconds
 from pilot_tables import tables
 from tasks import accuracies, read_items
 
-from layerscalpel.config import Config, build_config
+from layerscalpel.config import build_config
 from layerscalpel.data import Parts, prepare_blocks
 from layerscalpel.decoder import load_decoder
 from layerscalpel.evaluate import Reference, evaluate, final_hidden
@@ -40,6 +40,7 @@ from layerscalpel.layers import Decoder
 from layerscalpel.pilot import find_pilot, own_seam
 from layerscalpel.probe import find_layers
 from layerscalpel.progress import set_quiet
+from layerscalpel.settings import Config
 from layerscalpel.task import Pilots, Task
 
 RECIPE: Row = {"heal.epochs": 2, "heal.lr": 5e-4, "heal.batch_size": 16, "heal.micro_batch_size": 16}

@@ -33,7 +33,6 @@ from shapes import TINY, Sizes
 
 from layerscalpel import parallel
 from layerscalpel.clp import find_exact
-from layerscalpel.config import SearchSettings
 from layerscalpel.data import Parts
 from layerscalpel.decoder import load_decoder
 from layerscalpel.exact import score, score_windows
@@ -42,6 +41,7 @@ from layerscalpel.layers import Decoder
 from layerscalpel.losses import block_mean
 from layerscalpel.probe import find_layers
 from layerscalpel.progress import set_quiet
+from layerscalpel.settings import SearchSettings
 from layerscalpel.streams import window
 from layerscalpel.task import Task
 

@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 
-from layerscalpel import config
+from layerscalpel import config, settings
 from layerscalpel.heal import HEALERS
 from layerscalpel.search import SEARCHES
 
@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "layerscalpel"
 ORDER = [
     "errors",
+    "settings",
     "config",
     "progress",
     "segment",
@@ -127,8 +128,8 @@ def test_core_imports_without_datasets_or_plotting() -> None:
 
 
 def test_tables_have_exactly_the_names_that_settings_allow() -> None:
-    assert set(SEARCHES) == set(get_args(config.SearchName))
-    assert set(HEALERS) == set(get_args(config.HealName))
+    assert set(SEARCHES) == set(get_args(settings.SearchName))
+    assert set(HEALERS) == set(get_args(settings.HealName))
 
 
 def test_every_setting_has_its_sentence() -> None:

@@ -14,8 +14,8 @@ from families import tiny
 from torch import Tensor, nn
 
 from layerscalpel.benchmark import benchmark
-from layerscalpel.config import BenchmarkSettings
 from layerscalpel.errors import UserError
+from layerscalpel.settings import BenchmarkSettings
 
 SETTINGS = BenchmarkSettings(prompt_tokens=7, new_tokens=5, batch_size=2, repeats=3)
 WARM_UP = (100.0, 100.0)

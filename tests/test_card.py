@@ -11,8 +11,9 @@ import yaml
 from findings import PROVENANCE, STAGES, VARIANTS, full_results, quantities, two_run_results
 
 from layerscalpel.card import headline, model_card, warnings
-from layerscalpel.config import Config, to_dict
+from layerscalpel.config import to_dict
 from layerscalpel.proofwords import is_proven, proof_sentence
+from layerscalpel.settings import Config
 from layerscalpel.summary import measured, ranges, size, summary_rows
 
 

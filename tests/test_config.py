@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
-from layerscalpel.config import TARGET_FLAGS, Config, build_config, parse_assignment, recipe, to_dict
+from layerscalpel.config import TARGET_FLAGS, build_config, parse_assignment, recipe, to_dict
 from layerscalpel.errors import UserError, suggest
+from layerscalpel.settings import Config
 
 
 def complaint(*layers: dict) -> str:

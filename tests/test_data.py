@@ -13,7 +13,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from layerscalpel.config import DataSettings
 from layerscalpel.data import (
     SOURCES,
     Parts,
@@ -27,6 +26,7 @@ from layerscalpel.data import (
     to_messages,
 )
 from layerscalpel.errors import UserError
+from layerscalpel.settings import DataSettings
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

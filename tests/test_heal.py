@@ -25,7 +25,6 @@ from planted import random_blocks
 from torch import Tensor
 
 from layerscalpel import losses
-from layerscalpel.config import HealName, HealSettings, Objective
 from layerscalpel.cut import cut_model
 from layerscalpel.errors import UserError
 from layerscalpel.heal import (
@@ -42,6 +41,7 @@ from layerscalpel.hooks import hidden_at
 from layerscalpel.layers import Decoder
 from layerscalpel.probe import find_layers
 from layerscalpel.segment import Segment
+from layerscalpel.settings import HealName, HealSettings, Objective
 
 GOLDEN = Path(__file__).parent / "golden_heal.json"
 SEGMENT = Segment(3, 5, 8)

@@ -15,7 +15,6 @@ import torch
 from families import tiny, tokens
 from torch import Tensor
 
-from layerscalpel.config import BenchmarkSettings
 from layerscalpel.errors import UserError
 from layerscalpel.hooks import bypass
 from layerscalpel.latency import Latency, layers_to_remove, measure_latency
@@ -23,6 +22,7 @@ from layerscalpel.layers import Decoder
 from layerscalpel.losses import Measured
 from layerscalpel.probe import find_layers
 from layerscalpel.segment import Segment
+from layerscalpel.settings import BenchmarkSettings
 
 SETTINGS = BenchmarkSettings(prompt_tokens=7, new_tokens=5, batch_size=2, repeats=3)
 FAMILIES: dict[str, dict[str, Any]] = {

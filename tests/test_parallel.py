@@ -33,11 +33,11 @@ from world import write_model, write_recipe, write_texts
 from layerscalpel import cli, parallel
 from layerscalpel.cli import main
 from layerscalpel.clp import find_clp, learned
-from layerscalpel.config import HealSettings, SearchSettings
 from layerscalpel.exact import score
 from layerscalpel.pilot import find_pilot
 from layerscalpel.probe import find_layers
 from layerscalpel.progress import console
+from layerscalpel.settings import HealSettings, SearchSettings
 from layerscalpel.similarity import boundary_cosines
 from layerscalpel.streams import window
 from layerscalpel.task import Pilots, Task, race_windows

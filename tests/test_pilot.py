@@ -14,13 +14,13 @@ from families import tiny, tokens
 from planted import random_blocks, silence
 
 from layerscalpel import pilot
-from layerscalpel.config import HealSettings, SearchSettings
 from layerscalpel.exact import WindowScores
 from layerscalpel.heal import Healer, HealResult, seam_layers, tune_endpoints
 from layerscalpel.layers import Decoder
 from layerscalpel.pilot import Pilot, best_pilot, candidates, find_pilot, own_seam
 from layerscalpel.probe import find_layers
 from layerscalpel.segment import Segment
+from layerscalpel.settings import HealSettings, SearchSettings
 from layerscalpel.task import Pilots, Task
 
 SETTINGS = SearchSettings(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerscalpel.config import DataSettings
 from layerscalpel.cut import cut_model, proof_tokens, reference_logits
 from layerscalpel.data import prepare_blocks
 from layerscalpel.decoder import load_decoder
 from layerscalpel.exact import score_windows
 from layerscalpel.probe import find_layers
 from layerscalpel.segment import Segment
+from layerscalpel.settings import DataSettings
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,9 @@ from findings import EVIL, PROVENANCE, STAGES, VARIANTS, full_results, quantitie
 
 from layerscalpel import layerplots, plots, searchplots
 from layerscalpel.card import headline, model_card
-from layerscalpel.config import Config, to_dict
+from layerscalpel.config import to_dict
 from layerscalpel.report import render_report
+from layerscalpel.settings import Config
 
 SECTIONS = {stage: stage for stage in STAGES} | {"cut": "proof", "evaluate": "samples"}
 

@@ -16,7 +16,6 @@ from families import tiny, tokens
 from planted import silence
 
 from layerscalpel.clp import certificate
-from layerscalpel.config import HealSettings, SearchName, SearchSettings, TargetSettings
 from layerscalpel.data import TokenBlocks
 from layerscalpel.errors import UserError
 from layerscalpel.exact import WindowScores
@@ -24,6 +23,7 @@ from layerscalpel.layers import Decoder
 from layerscalpel.probe import find_layers
 from layerscalpel.search import SEARCHES, uses_gate
 from layerscalpel.segment import Segment
+from layerscalpel.settings import HealSettings, SearchName, SearchSettings, TargetSettings
 from layerscalpel.similarity import Similarity
 from layerscalpel.targets import given_segment, num_removed_of
 from layerscalpel.task import Pilots, Raced, SearchResult, Task

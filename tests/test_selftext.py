@@ -17,10 +17,11 @@ from world import byte_tokenizer, write_texts
 from layerscalpel import workbench
 from layerscalpel.alone import measure_alone
 from layerscalpel.cli import main
-from layerscalpel.config import DataSettings, build_config
+from layerscalpel.config import build_config
 from layerscalpel.data import find_source, prepare_blocks
 from layerscalpel.errors import UserError
 from layerscalpel.selftext import first_tokens, sample_blocks
+from layerscalpel.settings import DataSettings
 
 MOST_DEVIATION = 4.5
 """Standard errors; by chance once in 150,000 draws, and the draws are seeded."""

@@ -14,12 +14,12 @@ from planted import mean_kl, random_blocks, silence
 from torch import Tensor
 
 from layerscalpel import stitch
-from layerscalpel.config import StitchSettings
 from layerscalpel.cut import cut_model
 from layerscalpel.errors import UserError
 from layerscalpel.layers import Decoder
 from layerscalpel.probe import find_layers
 from layerscalpel.segment import Segment
+from layerscalpel.settings import StitchSettings
 from layerscalpel.stitch import Grams, accumulate, fold, last_projection, ridge_change, stitch_model
 
 SEGMENT = Segment(3, 5, 8)

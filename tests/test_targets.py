@@ -15,7 +15,6 @@ from world import byte_tokenizer, write_recipe, write_texts
 
 from layerscalpel import parallel, targets, task
 from layerscalpel.cli import main
-from layerscalpel.config import BenchmarkSettings, SearchSettings, TargetSettings
 from layerscalpel.cut import cut_model
 from layerscalpel.decoder import num_parameters, save_decoder
 from layerscalpel.errors import UserError
@@ -26,6 +25,7 @@ from layerscalpel.losses import Measured
 from layerscalpel.probe import find_layers
 from layerscalpel.search import SEARCHES
 from layerscalpel.segment import Segment
+from layerscalpel.settings import BenchmarkSettings, SearchSettings, TargetSettings
 from layerscalpel.sizes import layer_parameters
 from layerscalpel.streams import Removal
 from layerscalpel.targets import Aimed, aim, best_of_rates, require_target, surface

@@ -18,13 +18,13 @@ from world import byte_tokenizer, write_recipe, write_texts
 
 from layerscalpel import checkpoint
 from layerscalpel.cli import main
-from layerscalpel.config import BenchmarkSettings, SearchSettings, TargetSettings
 from layerscalpel.decoder import num_parameters, save_decoder
 from layerscalpel.layers import Decoder
 from layerscalpel.probe import find_layers
 from layerscalpel.rundir import STAGES
 from layerscalpel.search import SEARCHES
 from layerscalpel.segment import Segment, segments_of
+from layerscalpel.settings import BenchmarkSettings, SearchSettings, TargetSettings
 from layerscalpel.sizes import layer_parameters
 from layerscalpel.streams import Removal, window
 from layerscalpel.targets import aim

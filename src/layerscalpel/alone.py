@@ -12,7 +12,7 @@ from layerscalpel import evaluate as quality
 from layerscalpel.benchmark import benchmark
 from layerscalpel.card import model_card
 from layerscalpel.checkpoint import cut_checkpoint
-from layerscalpel.config import Config, to_dict
+from layerscalpel.config import to_dict
 from layerscalpel.data import find_source, prepare_blocks, require_place_for_self
 from layerscalpel.decoder import load_decoder, num_parameters, weight_bytes
 from layerscalpel.errors import UserError
@@ -21,6 +21,7 @@ from layerscalpel.probe import find_layers
 from layerscalpel.progress import waiting
 from layerscalpel.rundir import software, write_json
 from layerscalpel.segment import parse_segment
+from layerscalpel.settings import Config
 
 
 def cut_alone(config: Config, out: Path) -> dict[str, Any]:

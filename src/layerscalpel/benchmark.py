@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerscalpel.config import BenchmarkSettings
 from layerscalpel.errors import UserError
 from layerscalpel.layers import device_of
 from layerscalpel.losses import Measured
 from layerscalpel.progress import track
+from layerscalpel.settings import BenchmarkSettings
 
 Clock = Callable[[], float]
 

@@ -15,20 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from layerscalpel import __version__
-from layerscalpel.config import (
-    Config,
-    DataSettings,
-    ModelSettings,
-    SearchSettings,
-    TargetSettings,
-    build_config,
-    parse_assignment,
-    recipe,
-    sentences,
-)
+from layerscalpel.config import build_config, parse_assignment, recipe, sentences
 from layerscalpel.errors import UserError, suggest
 from layerscalpel.progress import say, set_quiet
 from layerscalpel.rundir import STAGES, finished_results, read_json
+from layerscalpel.settings import Config, DataSettings, ModelSettings, SearchSettings, TargetSettings
 from layerscalpel.summary import summary_rows
 
 FLAGS: dict[str, tuple[str, type]] = {

@@ -1,8 +1,6 @@
-"""Every setting of a run, with its default, its range and one sentence that says what it does.
+"""Merge recipes (YAML) and `section.key=value` pairs onto the defaults of settings.py.
 
-A run is described by one frozen `Config` of frozen sections. `build_config` merges recipes (YAML) and
-`section.key=value` pairs onto the defaults and reports all findings at once. The sentence under a field is also its
-help text on the command line: nothing is described twice.
+`build_config` reports all findings at once: unknown keys, wrong types, values out of range, contradictions.
 
     config = build_config([recipe("recipes/demo.yaml"), {"search.method": "exact"}])
 """
@@ -15,23 +13,14 @@ import inspect
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from layerscalpel.errors import UserError, one_line, suggest
-
-SearchName = Literal["clp", "gate", "exact", "pilot", "angular", "influence", "last", "random"]
-StitchName = Literal["none", "linear"]
-HealName = Literal["endpoint", "none"]
-Objective = Literal["ce", "kl", "both"]
-ProofName = Literal["auto", "memory", "parts", "none"]
-OffloadName = Literal["none", "cpu", "disk"]
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
+from layerscalpel.settings import Config, TargetSettings
 
 LEARNING = ("clp", "gate", "pilot")
 """Searches that compute gradients."""
@@ -62,210 +51,6 @@ YamlLoader.add_implicit_resolver(
 )
 
 
-def bounded(default: Any, low: float | None = None, high: float | None = None) -> Any:
-    """A field whose value lies in low..high, both included (None leaves that side open)."""
-    return field(default=default, metadata={"low": low, "high": high})
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """The model and how it computes."""
-
-    name: str = ""
-    """Hub id, checkpoint folder, .gguf file, or `demo`."""
-    device: Device = "auto"
-    """Where to compute; auto takes cuda, then mps, then cpu."""
-    dtype: Dtype = "auto"
-    """Number format while computing; auto is float32 on cpu and mps, the checkpoint's own on cuda."""
-    offload: OffloadName = "none"
-    """Where the layers of a model larger than memory stay while it is searched; each comes in once per pass."""
-    trust_remote_code: bool = False
-    """Run code that comes with the checkpoint; without it such a model is refused."""
-    allow_pickle: bool = False
-    """Accept weights in .bin files, of which torch loads the tensors only; without it they are refused."""
-
-    def permissions(self) -> dict[str, bool]:
-        """Return what the checkpoint may do."""
-        return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
-
-
-@dataclass(frozen=True)
-class TargetSettings:
-    """How much to remove; give one of them."""
-
-    rate: float | None = None
-    """Share of the layers to remove, 0..1; 0.2 when nothing else is given."""
-    layers: int | None = bounded(None, 1)
-    """Number of layers to remove."""
-    segment: str | None = None
-    """The layers to remove as START:STOP, 0-based, STOP excluded; nothing is searched then."""
-    max_kl: float | None = bounded(None, 0.0)
-    """Remove as many layers as the KL to the parent, in nats per token before healing, allows."""
-    params: str | None = None
-    """Remove as few layers as leave at most so many parameters, as 90M or 6.7B."""
-    latency_ms: float | None = bounded(None, 0.0)
-    """Remove as few layers as bring a generated token to so many milliseconds on this machine."""
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """Text, and the sizes of its disjoint parts."""
-
-    calibration: str = "c4"
-    """Text that the search reads: a named source or a .jsonl[.gz] or .txt file."""
-    healing: str = "alpaca"
-    """Text or instructions that heal the seam: a named source or a file."""
-    evaluation: str = "c4"
-    """Held-out text that measures the result: a named source or a file."""
-    block_tokens: int = bounded(256, 8)
-    """Length of a calibration or evaluation block."""
-    healing_block_tokens: int = bounded(512, 8)
-    """Length of a healing block."""
-    evaluation_blocks: int = bounded(64, 2)
-    """Held-out blocks that measure the result."""
-    healing_blocks: int | None = bounded(None, 2)
-    """At most so many healing blocks; None takes all the source has."""
-    validation_fraction: float = bounded(0.05, 0.001, 0.5)
-    """Share of the healing blocks kept aside to choose the best checkpoint."""
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How the segment is found."""
-
-    method: SearchName = "clp"
-    """How the segment is found; `scalpel methods` lists them with their papers."""
-    num_blocks: int = bounded(64, 2)
-    """Calibration blocks that score the windows, at most; the race ends earlier when one window is left."""
-    batch_size: int = bounded(4, 1)
-    """Blocks per parent forward."""
-    confidence: float = bounded(0.99, 0.0, 0.999999)
-    """Confidence with which the race keeps the best window; at 0 every window sees every block."""
-    first_blocks: int = bounded(8, 8)
-    """Blocks that every window sees before the first is dropped."""
-    all_rates: bool = False
-    """Score the windows of every length up to half of the layers."""
-    segments: int = bounded(1, 1, 2)
-    """Runs of layers to remove; with 2 the better of one and two runs of the same total is taken."""
-    device_gib: float | None = bounded(None, 0.0)
-    """Device memory for hidden states of an offloaded model; None takes half of what is free."""
-    stream_gib: float = bounded(8.0, 0.0)
-    """Host memory for hidden states of an offloaded model; past it they go to a file."""
-    gate_blocks: int = bounded(128, 1)
-    """Calibration blocks the gate learns from, one pass, one step per block."""
-    num_starts: int = bounded(5, 1)
-    """Evenly spaced start indices learned at once; 1 is the paper's single start."""
-    initial_start: float | None = bounded(None, 0)
-    """Where a single start begins; None is the middle of the possible starts."""
-    steepness: float = bounded(5.0, 0.1)
-    """Final steepness k of the gate (the paper's value is 5)."""
-    initial_steepness: float = bounded(1.0, 0.1)
-    """Steepness at the first step, annealed geometrically to the final one; equal values switch annealing off."""
-    gate_lr: float = bounded(0.3, 1e-6)
-    """Adam's first learning rate for the start index, in layers, falling to 0 (the paper does not state its own)."""
-    gate_patience: int = bounded(0, 0)
-    """Steps without movement after which a start is settled and not computed any more; 0 learns to the end."""
-    gate_checkpointing: bool = False
-    """Recompute the layers in the backward pass of the gate: less memory, a third more time."""
-    pilot_steps: int = bounded(150, 1)
-    """Healing steps of each pilot."""
-    pilot_count: int = bounded(4, 2)
-    """Most candidates that a pilot search heals."""
-
-
-@dataclass(frozen=True)
-class CutSettings:
-    """The surgery."""
-
-    proof: ProofName = "auto"
-    """How to prove the checkpoint; auto compares logits in memory if they fit (`memory`), else in three `parts`."""
-    proof_minutes: float = bounded(30.0, 0.0)
-    """How long logits of a model larger than memory may take, read from disk; past it the other parts must do."""
-
-
-@dataclass(frozen=True)
-class StitchSettings:
-    """Repair without training."""
-
-    method: StitchName = "none"
-    """Training-free repair folded into the seam, kept only if it lowers the held-out KL."""
-    ridge: float = bounded(1e-2, 0.0)
-    """Ridge of the linear stitch, as a share of the mean diagonal of its Gram matrix."""
-
-
-@dataclass(frozen=True)
-class HealSettings:
-    """Training of the seam."""
-
-    method: HealName = "endpoint"
-    """What is trained; endpoint trains only the layers at the seam."""
-    objective: Objective = "ce"
-    """Loss on the labelled tokens: cross-entropy, KL to the parent, or their sum."""
-    width: int = bounded(1, 1)
-    """Layers trained on each side of the seam."""
-    lr: float = bounded(5e-4, 1e-8)
-    """Peak learning rate of AdamW (the paper does not state its own)."""
-    epochs: int = bounded(2, 1)
-    """Passes over the healing blocks."""
-    batch_size: int = bounded(16, 1)
-    """Blocks per optimiser step."""
-    micro_batch_size: int = bounded(4, 1)
-    """Blocks per forward and backward; gradients accumulate up to batch_size."""
-    warmup_fraction: float = bounded(0.05, 0.0, 1.0)
-    """Share of the steps in which the learning rate rises linearly."""
-    weight_decay: float = bounded(0.0, 0.0)
-    """Decoupled weight decay of AdamW."""
-    max_grad_norm: float = bounded(1.0, 1e-6)
-    """Gradients are scaled down to this norm."""
-    validations: int = bounded(10, 1)
-    """How often the held-out loss is measured; the best of these states is kept."""
-    cache_gib: float = bounded(16.0, 0.0)
-    """Disk for the cached output of the frozen prefix; blocks past it are recomputed."""
-
-
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """Figures on held-out text."""
-
-    batch_size: int = bounded(4, 1)
-    """Blocks per forward."""
-    sample_tokens: int = bounded(64, 0)
-    """New tokens of each generated sample; 0 switches samples off."""
-
-
-@dataclass(frozen=True)
-class BenchmarkSettings:
-    """Timing of parent and result."""
-
-    enabled: bool = True
-    """Measure latency and speed of parent and result."""
-    prompt_tokens: int = bounded(128, 1)
-    """Length of the prompt that prefill is timed on."""
-    new_tokens: int = bounded(32, 2)
-    """Tokens that decoding is timed on."""
-    batch_size: int = bounded(1, 1)
-    """Sequences at once."""
-    repeats: int = bounded(5, 2)
-    """Timed rounds per model, interleaved, after one warm-up round."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """All settings of a run; the sections are those of a recipe file."""
-
-    model: ModelSettings = ModelSettings()
-    target: TargetSettings = TargetSettings()
-    data: DataSettings = DataSettings()
-    search: SearchSettings = SearchSettings()
-    cut: CutSettings = CutSettings()
-    stitch: StitchSettings = StitchSettings()
-    heal: HealSettings = HealSettings()
-    evaluate: EvaluateSettings = EvaluateSettings()
-    benchmark: BenchmarkSettings = BenchmarkSettings()
-    seed: int = bounded(0, 0, 2**31 - 1)
-    """Seed of shuffling, random token ids and initialisation."""
-
-
 @functools.cache
 def sentences(section: type) -> dict[str, str]:
     """Return {field: the sentence under it} of a settings class."""
@@ -285,7 +70,7 @@ def setting_keys() -> dict[str, tuple[type, str]]:
     keys: dict[str, tuple[type, str]] = {}
     for section in fields(Config):
         kind = type(getattr(Config(), section.name))
-        if kind.__module__ != __name__:
+        if kind.__module__ != Config.__module__:
             keys[section.name] = (Config, section.name)
             continue
         keys.update({f"{section.name}.{item.name}": (kind, item.name) for item in fields(kind)})

@@ -30,9 +30,9 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from layerscalpel.config import DataSettings
 from layerscalpel.errors import UserError, one_line, suggest
 from layerscalpel.origin import package_folder
+from layerscalpel.settings import DataSettings
 
 Record = dict[str, Any]
 SELF = "self"

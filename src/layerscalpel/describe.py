@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerscalpel.config import TargetSettings
 from layerscalpel.decoder import choose_dtype, num_parameters, weight_bytes
 from layerscalpel.errors import UserError
 from layerscalpel.layers import find_layer_list
 from layerscalpel.origin import DTYPES, auto_class, checkpoint_folder, peek, read_config, skeleton
 from layerscalpel.plan import plan_cut
 from layerscalpel.segment import Segment
+from layerscalpel.settings import TargetSettings
 from layerscalpel.shards import read_weights
 from layerscalpel.targets import num_removed_of
 from layerscalpel.traces import text_part

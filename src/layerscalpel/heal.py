@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerscalpel.config import HealName, HealSettings
 from layerscalpel.data import TokenBlocks
 from layerscalpel.errors import UserError
 from layerscalpel.hooks import head_logits, hidden_at, resume_from
 from layerscalpel.layers import Decoder, device_of
 from layerscalpel.losses import kl_to_parent, log_probabilities, token_chunks, token_nll
 from layerscalpel.progress import say, track
+from layerscalpel.settings import HealName, HealSettings
 
 
 @dataclass(frozen=True)

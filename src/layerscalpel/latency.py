@@ -21,13 +21,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from layerscalpel.benchmark import Clock, conditions, median, time_once
-from layerscalpel.config import BenchmarkSettings
 from layerscalpel.errors import UserError, one_line
 from layerscalpel.hooks import bypass
 from layerscalpel.layers import REFUSALS, Decoder
 from layerscalpel.losses import Measured
 from layerscalpel.progress import track
 from layerscalpel.segment import Segment
+from layerscalpel.settings import BenchmarkSettings
 
 
 @dataclass(frozen=True)

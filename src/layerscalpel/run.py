@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from layerscalpel import parallel, stages
-from layerscalpel.config import Config
 from layerscalpel.errors import UserError
 from layerscalpel.progress import say, set_quiet
 from layerscalpel.rundir import RunDir, provenance, stages_until, write_json
 from layerscalpel.segment import Segment, spoken
+from layerscalpel.settings import Config
 from layerscalpel.workbench import Workbench, check_before_loading
 
 

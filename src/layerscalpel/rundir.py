@@ -24,8 +24,9 @@ from typing import Any
 import yaml
 
 from layerscalpel import aside
-from layerscalpel.config import Config, YamlLoader, to_dict
+from layerscalpel.config import YamlLoader, to_dict
 from layerscalpel.errors import UserError
+from layerscalpel.settings import Config
 
 STAGES: dict[str, tuple[str, ...]] = {
     "search": ("model", "target", "data", "search", "seed"),

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from layerscalpel.baselines import find_angular, find_influence, find_last, find_random
 from layerscalpel.clp import find_clp, find_exact, find_gate
-from layerscalpel.config import SearchName
 from layerscalpel.pilot import find_pilot
+from layerscalpel.settings import SearchName
 from layerscalpel.task import SearchResult, Task
 
 

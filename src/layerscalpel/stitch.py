@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from layerscalpel.config import StitchName, StitchSettings
 from layerscalpel.data import TokenBlocks
 from layerscalpel.errors import UserError
 from layerscalpel.evaluate import Reference, evaluate, final_hidden
@@ -29,6 +28,7 @@ from layerscalpel.hooks import hidden_at, hidden_in, replay
 from layerscalpel.layers import Decoder, device_of
 from layerscalpel.progress import track
 from layerscalpel.segment import Segment
+from layerscalpel.settings import StitchName, StitchSettings
 
 STITCHES: dict[StitchName, tuple[str, str]] = {
     "none": ("no repair before healing (default)", "none"),

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from layerscalpel import parallel
-from layerscalpel.config import BenchmarkSettings, TargetSettings
 from layerscalpel.decoder import num_parameters
 from layerscalpel.errors import UserError
 from layerscalpel.exact import score
 from layerscalpel.latency import Latency, layers_to_remove, measure_latency
 from layerscalpel.losses import Measured, block_mean
 from layerscalpel.segment import Segment, parse_segment
+from layerscalpel.settings import BenchmarkSettings, TargetSettings
 from layerscalpel.sizes import layer_parameters, parse_count, windows_within
 from layerscalpel.streams import Removal, window
 from layerscalpel.task import Raced, Task, UncuttableError, race_windows

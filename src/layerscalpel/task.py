@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from layerscalpel.config import HealSettings, SearchSettings
 from layerscalpel.data import TokenBlocks
 from layerscalpel.errors import UserError
 from layerscalpel.exact import WindowScores, score
@@ -21,6 +20,7 @@ from layerscalpel.layers import Decoder
 from layerscalpel.passes import VisitOf, nobody
 from layerscalpel.race import RaceResult, race
 from layerscalpel.segment import Segment
+from layerscalpel.settings import HealSettings, SearchSettings
 from layerscalpel.similarity import FEW_POSITIONS, BoundaryWatch, Similarity
 from layerscalpel.streams import Removal, window
 

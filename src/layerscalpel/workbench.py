@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from layerscalpel import parallel
-from layerscalpel.config import Config
 from layerscalpel.data import SELF, Parts, find_source, prepare_blocks, require_place_for_self
 from layerscalpel.decoder import Loaded, load_decoder
 from layerscalpel.errors import UserError
@@ -32,6 +31,7 @@ from layerscalpel.progress import waiting
 from layerscalpel.search import uses_gate
 from layerscalpel.segment import Segment, segments_of
 from layerscalpel.selftext import sample_blocks
+from layerscalpel.settings import Config
 from layerscalpel.store import StreamStore
 from layerscalpel.streams import Removal
 from layerscalpel.targets import require_target
