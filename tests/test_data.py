@@ -1,101 +1,21 @@
-"""Documents go to one part and one block only, answers alone are labelled, and unreadable input says where it is."""
+"""Documents go to one part and one block only, blocks know what fills them, and a seed names them."""
 
 from __future__ import annotations
 
 import dataclasses
 import gzip
-import json
-import random
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from texts import END, NUM_DOCUMENTS, SMALL, all_parts, chat_tokenizer, documents, parts_of, seen_in, texts, write_jsonl
 
-from layerscalpel.data import (
-    SOURCES,
-    Parts,
-    TokenBlocks,
-    checked_record,
-    encode,
-    encode_conversation,
-    find_source,
-    pack_whole,
-    prepare_blocks,
-    to_messages,
-)
+from layerscalpel.data import prepare_blocks
+from layerscalpel.encode import encode
 from layerscalpel.errors import UserError
+from layerscalpel.forms import checked_record
 from layerscalpel.settings import DataSettings
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-FORGETFUL = "{% for m in messages %}{% if loop.last %}{{ m['role'] + ':' + m['content'] }}{% endif %}{% endfor %}"
-STRICT = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
-)
-NUM_DOCUMENTS, END = 120, 0
-"""Documents of the fixtures; id of the end-of-text token of `word_tokenizer`."""
-SMALL = DataSettings(block_tokens=16, healing_block_tokens=24, evaluation_blocks=6, validation_fraction=0.2)
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose token id names the document: `d7` has the id 8."""
-    vocabulary = {"<end>": END} | {f"d{i}": i + 1 for i in range(NUM_DOCUMENTS)}
-    bare = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<end>")
-
-
-def chat_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer with a few merges, so that tokens span several characters."""
-    bare = Tokenizer(models.BPE())
-    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bare.decoder = decoders.ByteLevel()
-    special = ["<|end|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bare.train_from_iterator(["the answer is in the question, and the user and the assistant know it"] * 3, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|end|>", extra_special_tokens=special[1:])
-    made.chat_template = template
-    return made
-
-
-def documents(lengths: range = range(3, 20), seed: int = 0) -> list[str]:
-    """Return texts that repeat their own word, of several lengths."""
-    draw = random.Random(seed)
-    return [" ".join([f"d{i}"] * draw.choice(lengths)) for i in range(NUM_DOCUMENTS)]
-
-
-def write_jsonl(path: Path, records: list) -> str:
-    path.write_text("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records), encoding="utf-8")
-    return str(path)
-
-
-def texts(path: Path, **kwargs: object) -> str:
-    return write_jsonl(path, [{"text": text} for text in documents(**kwargs)])
-
-
-def parts_of(source: str, *, seed: int = 0, num_calibration: int = 8, heal: bool = True, **changes: object) -> Parts:
-    same = {"calibration": source, "evaluation": source, "healing": source} | changes
-    settings = dataclasses.replace(SMALL, **same)
-    return prepare_blocks(word_tokenizer(), settings, num_calibration=num_calibration, seed=seed, heal=heal)
-
-
-def seen_in(tokens: torch.Tensor) -> set[int]:
-    """Return the documents that tokens come from."""
-    return set(tokens.flatten().tolist()) - {END}
-
-
-def all_parts(parts: Parts) -> list[TokenBlocks]:
-    return [parts.calibration, parts.evaluation, parts.healing, parts.validation]
-
-
-# ---------------------------------------------------------------------------------------------- parts and blocks
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -190,6 +110,16 @@ def test_healing_takes_all_of_a_text(tmp_path):
         assert (kept == document).sum() in (written, written - 1)  # a last piece of one token predicts nothing
 
 
+def test_all_kinds_of_file_hold_the_same(tmp_path):
+    plain = texts(tmp_path / "a.jsonl")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as stream:
+        stream.write(Path(plain).read_text(encoding="utf-8"))
+    (tmp_path / "a.txt").write_text("\n\n".join(documents()), encoding="utf-8")
+    expected = parts_of(plain).calibration.summary()["sha256"]
+    for name in ("a.jsonl.gz", "a.txt"):
+        assert parts_of(str(tmp_path / name)).calibration.summary()["sha256"] == expected, name
+
+
 def test_dropped_documents_are_counted(tmp_path):
     blank = [{"text": ""}, {"text": " \n\t"}] * 30
     source = write_jsonl(tmp_path / "a.jsonl", [*blank, *({"text": text} for text in documents())])
@@ -216,120 +146,6 @@ def test_a_model_without_tokenizer_is_refused():
         prepare_blocks(None, SMALL, num_calibration=2, seed=0)
 
 
-# ---------------------------------------------------------------------------------------------- packing
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_packing_keeps_samples_whole_and_once(seed):
-    draw = random.Random(seed)
-    samples = []
-    for i in range(300):
-        size = draw.randint(1, 20)
-        samples.append(([i + 1] * size, [False] + [draw.random() < 0.5 for _ in range(size - 1)]))
-    blocks = pack_whole(samples, 20, filler=END)
-    packed = {}
-    for ids, labelled in blocks:
-        assert len(ids) == len(labelled) == 20
-        assert not any(mark for token, mark in zip(ids, labelled, strict=True) if token == END)
-        for number in set(ids) - {END}:
-            assert number not in packed, "split over two blocks"
-            at = [j for j, token in enumerate(ids) if token == number]
-            assert at == list(range(at[0], at[0] + len(at))), "split within a block"
-            packed[number] = ([number] * len(at), [labelled[j] for j in at])
-    assert [packed[i + 1] for i in range(300)] == samples
-
-
-def test_packing_wastes_little():
-    samples = [([1] * size, [True] * size) for size in [5, 10, 5, 15, 10, 5, 10] * 20]
-    assert len(pack_whole(samples, 20, filler=END)) <= 65  # 60 when perfect
-
-
-def test_filling_needs_no_end_token():
-    assert pack_whole([([5, 6], [False, True])], 4, filler=None) == [([5, 6, 0, 0], [False, True, False, False])]
-
-
-# ---------------------------------------------------------------------------------------------- conversations
-
-TURNS = [
-    {"role": "system", "content": "You know the answer."},
-    {"role": "user", "content": "What is 1 + 1?"},
-    {"role": "assistant", "content": "the answer is 2 - naïve, 日本語 🙂"},
-    {"role": "user", "content": "the answer is 2, the user said"},
-    {"role": "assistant", "content": " and the answer\nis 3"},
-]
-
-
-def labelled_runs(tokenizer: PreTrainedTokenizerFast, ids: list[int], labelled: list[bool]) -> list[str]:
-    """Return the text of every unbroken run of labelled tokens."""
-    runs, before = [], False
-    for token, mark in zip(ids, labelled, strict=True):
-        if mark and not before:
-            runs.append([])
-        if mark:
-            runs[-1].append(token)
-        before = mark
-    return [tokenizer.decode(run) for run in runs]
-
-
-@pytest.mark.parametrize("messages", [TURNS, TURNS[1:], TURNS[:3], TURNS[1:3]], ids=["system+2", "2", "system+1", "1"])
-@pytest.mark.parametrize(
-    ("template", "end"), [(CHATML, "<|im_end|>\n"), (None, "<|end|>\n\n")], ids=["chatml", "plain"]
-)
-def test_labels_are_the_assistants_words(messages, template, end):
-    tokenizer = chat_tokenizer(template)
-    ids, labelled = encode_conversation(tokenizer, messages)
-    answers = [message["content"] + end for message in messages if message["role"] == "assistant"]
-    assert labelled_runs(tokenizer, ids, labelled) == answers
-    whole = tokenizer.decode(ids)
-    assert all(message["content"] in whole for message in messages)
-
-
-def test_a_templates_own_tokens_are_used():
-    tokenizer = chat_tokenizer()
-    ids, _ = encode_conversation(tokenizer, TURNS)
-    assert ids == tokenizer.apply_chat_template(TURNS, tokenize=True, return_dict=False)
-
-
-def test_a_conversation_without_answer_has_no_label():
-    _, labelled = encode_conversation(chat_tokenizer(), TURNS[:2])
-    assert not any(labelled)
-
-
-def test_a_template_that_rewrites_turns_is_refused():
-    with pytest.raises(UserError, match=r"chat template rewrites earlier turns, .* heal on plain text"):
-        encode_conversation(chat_tokenizer(FORGETFUL), TURNS)
-
-
-def test_a_template_that_refuses_a_role_is_told():
-    with pytest.raises(UserError, match=r"chat template refuses a conversation .*System role not supported - leave"):
-        encode_conversation(chat_tokenizer(STRICT), TURNS)
-
-
-@pytest.mark.parametrize("template", [CHATML, None])
-def test_an_opening_of_the_assistant_answers_nothing(template):
-    tokenizer = chat_tokenizer(template)
-    opened = [{"role": "assistant", "content": "the user may ask"}, *TURNS[1:3]]
-    assert labelled_runs(tokenizer, *encode_conversation(tokenizer, opened)) == labelled_runs(
-        tokenizer, *encode_conversation(tokenizer, TURNS[1:3])
-    )
-
-
-def test_an_instruction_is_a_conversation():
-    record = {"instruction": "Add.", "input": "1 and 1", "output": "2"}
-    expected = [{"role": "user", "content": "Add.\n\n1 and 1"}, {"role": "assistant", "content": "2"}]
-    assert to_messages(record) == expected
-    assert to_messages(record | {"input": ""})[0]["content"] == "Add."
-    assert encode(chat_tokenizer(), record) == encode_conversation(chat_tokenizer(), expected)
-
-
-def test_a_text_ends_with_one_end_token():
-    tokenizer = chat_tokenizer()
-    ids, labelled = encode(tokenizer, {"text": "the answer"})
-    assert tokenizer.decode(ids) == "the answer<|end|>"
-    assert labelled == [False] + [True] * (len(ids) - 1)
-    assert encode(tokenizer, {"text": "the answer<|end|>"})[0] == ids
-
-
 def test_a_long_conversation_keeps_its_beginning(tmp_path):
     def asked(words: int, answer: int) -> dict:
         return {"instruction": "the " * words + "question", "output": "answer " * answer}
@@ -342,119 +158,60 @@ def test_a_long_conversation_keeps_its_beginning(tmp_path):
     settings = DataSettings(str(plain), source, str(plain), 16, length, 2, None, 0.1)
     parts = prepare_blocks(tokenizer, settings, num_calibration=2, seed=0)
     assert parts.healing.dropped == {"no labelled token within a block": len(hopeless)}
-    whole = {tuple(encode(tokenizer, record)[0]) for record in records}
+    whole = {tuple(encode(tokenizer, checked_record(record, ""))[0]) for record in records}
     rows = [tuple(row) for row in torch.cat([parts.healing.tokens, parts.validation.tokens]).tolist()]
     long = [ids[:length] for ids in whole if len(ids) > length]
     assert sum(row in long for row in rows) == len(cut)
 
 
-# ---------------------------------------------------------------------------------------------- sources
+# ---------------------------------------------------------------------------------------------- packed samples
 
 
-def test_all_kinds_of_file_hold_the_same(tmp_path):
-    plain = texts(tmp_path / "a.jsonl")
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as stream:
-        stream.write(Path(plain).read_text(encoding="utf-8"))
-    (tmp_path / "a.txt").write_text("\n\n".join(documents()), encoding="utf-8")
-    expected = parts_of(plain).calibration.summary()["sha256"]
-    for name in ("a.jsonl.gz", "a.txt"):
-        assert parts_of(str(tmp_path / name)).calibration.summary()["sha256"] == expected, name
+def test_packed_samples_know_their_places(tmp_path):
+    parts = parts_of(texts(tmp_path / "a.jsonl", lengths=range(3, 60)))
+    for part in (parts.healing, parts.validation):
+        assert part.positions.shape == part.tokens.shape
+        begins = part.positions == 0
+        assert begins[:, 0].all()
+        assert not (begins & part.labelled).any(), "a first token that is predicted"
+        later = part.positions[:, 1:]
+        assert ((later == part.positions[:, :-1] + 1) | (later == 0)).all()
+        for row, starts in zip(part.tokens.tolist(), begins.tolist(), strict=True):
+            edges = [i for i, start in enumerate(starts) if start] + [len(row)]
+            samples = [row[low:high] for low, high in itertools.pairwise(edges)]
+            assert all(len(seen_in(torch.tensor(sample))) <= 1 for sample in samples), "two documents, one count"
+    assert parts.calibration.positions is None
+    assert parts.evaluation.positions is None
 
 
-def test_separators_within_a_text_do_not_end_a_line(tmp_path):
-    """JSON may hold these unescaped, as web text does; str.splitlines would cut there."""
-    wanted = [{"text": f"one{mark}two"} for mark in "\u2028\u2029\x85\x0b\x0c\x1c"]
-    source = write_jsonl(tmp_path / "a.jsonl", wanted)
-    found = list(find_source(source).read(0))
-    assert sorted(r["text"] for r in found) == sorted(r["text"] for r in wanted)
+def test_a_summary_tells_how_full_blocks_are(tmp_path):
+    parts = parts_of(texts(tmp_path / "a.jsonl"))
+    assert parts.evaluation.summary()["filled_fraction"] == 1.0
+    for part in (parts.healing, parts.validation, parts.healing.first(3)):
+        said = [(row != END) | (row == END) & mark for row, mark in zip(part.tokens, part.labelled, strict=True)]
+        expected = torch.stack(said).sum().item() / part.tokens.numel()  # every text ends with a labelled end token
+        assert part.summary()["filled_fraction"] == pytest.approx(expected)
+        assert 0.5 < expected < 1
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl", b'{"text": "a"}\r\n\r\n{"text": "b"}\n\n'),
-        ("bom.jsonl", b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}'),
-        ("a.txt", b"\xef\xbb\xbfa\r\n\r\nb\r\n\r\n"),
-    ],
-)
-def test_files_written_elsewhere_are_read(tmp_path, name, content):
-    """Blank lines, Windows line ends, a byte order mark."""
-    path = tmp_path / name
-    path.write_bytes(content)
-    assert sorted(r["text"] for r in find_source(str(path)).read(0)) == ["a", "b"]
+def test_the_hash_tells_the_places(tmp_path):
+    part = parts_of(texts(tmp_path / "a.jsonl")).healing
+    whole = dataclasses.replace(part, positions=None)
+    moved = dataclasses.replace(part, positions=part.positions + 1)
+    assert len({blocks.summary()["sha256"] for blocks in (part, whole, moved)}) == 3
 
 
-def test_every_source_is_described():
-    assert all(source.sentence for source in SOURCES.values())
+def test_the_first_blocks_keep_what_belongs_to_them(tmp_path):
+    part = parts_of(texts(tmp_path / "a.jsonl")).healing
+    first = part.first(2)
+    for name in ("tokens", "labelled", "positions", "filled"):
+        assert torch.equal(getattr(first, name), getattr(part, name)[:2]), name
+    assert parts_of(texts(tmp_path / "a.jsonl"), heal=False).calibration.first(2).positions is None
 
 
-def test_an_unknown_source_is_answered_with_a_near_one():
-    with pytest.raises(UserError, match=r"no text source 'alpacca' - did you mean 'alpaca'\? - or a \.jsonl"):
-        find_source("alpacca")
-    with pytest.raises(UserError, match="no text source 'zzz' - allowed: alpaca, c4, "):
-        find_source("zzz")
-
-
-def test_a_source_of_the_hub_says_that_it_cannot_be_fetched():
-    pytest.importorskip("datasets")
-    with pytest.raises(UserError, match=r"data set allenai/c4 cannot be fetched: .* - give a \.jsonl or \.txt file"):
-        next(find_source("c4").read(0))
-
-
-def test_text_that_is_not_utf8_is_refused(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"good " + "für".encode("latin-1"))
-    with pytest.raises(UserError, match=r"a\.txt is no UTF-8 text \(byte 6\) - convert it first"):
-        find_source(str(path)).read(0)
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "plain"])
-def test_a_damaged_archive_is_refused(tmp_path, damage):
-    noise = random.Random(0).randbytes(4000).hex()
-    content = gzip.compress(json.dumps({"text": noise}).encode())
-    middle = len(content) // 2
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(
-        {
-            "cut": content[:middle],
-            "flipped": content[:10] + b"\xff" * 20 + content[30:],
-            "plain": b'{"text": "a"}\n',
-        }[damage]
-    )
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read: .* - check the file"):
-        find_source(str(path)).read(0)
-
-
-def test_a_broken_line_is_named(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n\n{"text": "b"\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.jsonl:3 is no JSON \(.*\) - one record a line"):
-        find_source(str(path)).read(0)
-
-
-@pytest.mark.parametrize(
-    ("record", "said"),
-    [
-        ({"txt": "a"}, r"\['txt'\]"),
-        ({"text": 3}, r"\['text'\]"),
-        ({"text": None}, r"\['text'\]"),
-        ({"instruction": "a"}, r"\['instruction'\]"),
-        ({"messages": "a"}, r"\['messages'\]"),
-        ({"messages": [{"role": "user"}]}, r"\['messages'\]"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"\['messages'\]"),
-        ([1], "list"),
-        ("a", "str"),
-        ({}, "dict"),
-    ],
-)
-def test_a_record_of_another_form_is_refused(tmp_path, record, said):
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, record])
-    with pytest.raises(UserError, match=rf"a\.jsonl:2 has the fields {said} - allowed: text, or instruction/input"):
-        find_source(source).read(0)
-
-
-def test_other_fields_of_a_record_are_left_out():
-    assert checked_record({"text": "a", "url": 1}, "") == {"text": "a"}
-    alpaca = {"instruction": "a", "input": None, "output": "b"}
-    assert checked_record(alpaca, "") == {"instruction": "a", "input": "", "output": "b"}
-    assert checked_record({"messages": TURNS, "id": 1}, "") == {"messages": TURNS}
+def test_counts_are_of_the_blocks_that_are_healed_on(tmp_path):
+    """More is drawn than fits the blocks asked for; what is left over is counted nowhere."""
+    for lengths in (range(3, 20), range(60, 90)):
+        healing = parts_of(texts(tmp_path / "a.jsonl", lengths=lengths), healing_blocks=5).healing
+        assert healing.num_documents == len(seen_in(healing.tokens))
+        assert sum(healing.sources.values()) == int(healing.filled.sum())

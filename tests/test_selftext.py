@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from world import byte_tokenizer, write_texts
 
-from layerscalpel import workbench
+from layerscalpel import checks, workbench
 from layerscalpel.alone import measure_alone
 from layerscalpel.cli import main
 from layerscalpel.config import build_config
-from layerscalpel.data import find_source, prepare_blocks
+from layerscalpel.data import prepare_blocks
 from layerscalpel.errors import UserError
+from layerscalpel.records import find_source
 from layerscalpel.selftext import first_tokens, sample_blocks
 from layerscalpel.settings import DataSettings
 
@@ -260,14 +261,14 @@ def settings_of(world: Path, **changes: object) -> dict:
 def test_places_are_checked_before_loading(world: Path, changes: dict, said: list[str]) -> None:
     config = build_config([settings_of(world) | changes])
     with pytest.raises(UserError) as refused:
-        workbench.check_before_loading(config, ["search", "cut", "stitch", "heal", "evaluate"])
+        checks.check_before_loading(config, ["search", "cut", "stitch", "heal", "evaluate"])
     for line in said:
         refused.match(line)
 
 
 def test_places_that_nothing_reads_are_not_checked(world: Path) -> None:
     config = build_config([settings_of(world, **{"data.healing": "self", "heal.method": "none"})])
-    workbench.check_before_loading(config, ["search", "cut", "stitch", "heal", "evaluate"])
+    checks.check_before_loading(config, ["search", "cut", "stitch", "heal", "evaluate"])
 
 
 # ---------------------------------------------------------------------------------------------- runs

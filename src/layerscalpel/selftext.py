@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from layerscalpel.data import SELF, TokenBlocks
+from layerscalpel.data import TokenBlocks
 from layerscalpel.errors import UserError
 from layerscalpel.layers import device_of
 from layerscalpel.progress import track
+from layerscalpel.records import SELF
 
 
 def sample_blocks(
@@ -52,7 +53,7 @@ def sample_blocks(
         raise UserError("the checkpoint has no tokenizer, so its text has no first token - add its tokenizer files")
     starts = range(0, num_blocks, batch_size)
     written: list[Tensor] = []
-    with _seeded(seed), _without_own_settings(model):
+    with seeded(seed), without_own_settings(model):
         for low in track(starts, "sampling from the parent", len(starts)):
             first_B1 = first_tokens(tokenizer, min(batch_size, num_blocks - low)).to(device_of(model))
             written.append(_continued(model, first_B1, block_tokens).cpu())
@@ -80,14 +81,15 @@ def _continued(model: Any, first_B1: Tensor, block_tokens: int) -> Tensor:
         first_B1,
         attention_mask=torch.ones_like(first_B1),
         generation_config=settings,
-        logits_processor=LogitsProcessorList([_RequireFinite()]),
+        logits_processor=LogitsProcessorList([RequireFinite()]),
     )
 
 
-class _RequireFinite(LogitsProcessor):
+class RequireFinite(LogitsProcessor):
     """Stops at logits that no token can be drawn from; on a GPU drawing from them would end the process."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # the names are those of the base class
+        """Return the scores as they are."""
         if not torch.isfinite(scores.amax(-1)).all():  # single tokens may well be ruled out by -inf
             raise UserError(
                 "the model's logits are not finite (NaN or infinity), so no text can be sampled"
@@ -97,7 +99,7 @@ class _RequireFinite(LogitsProcessor):
 
 
 @contextlib.contextmanager
-def _without_own_settings(model: Any) -> Iterator[None]:
+def without_own_settings(model: Any) -> Iterator[None]:
     """Within, the checkpoint's generation settings are absent: they would fill whatever a call leaves open."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
@@ -108,7 +110,7 @@ def _without_own_settings(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Within, random numbers follow from the seed; after it the generators are where they were."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(gpus, device_type="cuda"):
