@@ -65,6 +65,8 @@ def test_parent_against_itself_loses_nothing(family: str) -> None:
     assert quality.top1_agreement_fraction is not None
     assert (quality.kl_nats.value, quality.kl_nats.se) == (0, 0)
     assert (quality.top1_agreement_fraction.value, quality.top1_agreement_fraction.se) == (1, 0)
+    assert quality.ppl_ratio is not None
+    assert (quality.ppl_ratio.value, quality.ppl_ratio.se) == (1, 0)
 
 
 @torch.no_grad()
@@ -94,6 +96,26 @@ def test_perplexity_weighs_tokens_and_not_blocks() -> None:
     assert found.value == pytest.approx(math.exp((long.sum() + short.sum()) / 17), rel=1e-5)
     assert found.value != pytest.approx(math.exp((long.mean() + short.mean()) / 2), rel=1e-3)
     assert found.n == 17
+
+
+@torch.no_grad()
+def test_the_ratio_of_perplexities_is_paired_over_blocks():
+    student, parent = tiny("llama", seed=1), tiny("llama")
+    found, counted = measured(student, parent), BLOCKS.labelled[:, 1:]
+    own_NT, parent_NT = (
+        F.cross_entropy(m(BLOCKS.tokens).logits[:, :-1].mT.double(), BLOCKS.tokens[:, 1:], reduction="none")
+        for m in (student, parent)
+    )
+    sums_N, counts_N = ((own_NT - parent_NT) * counted).sum(1), counted.sum(1)
+    mean = sums_N.sum() / counts_N.sum()
+    error = (sums_N - mean * counts_N).square().sum().div(4).sqrt() / math.sqrt(5) / counts_N.double().mean()
+    assert found.ppl_ratio is not None
+    assert found.ppl_ratio.value == pytest.approx(mean.exp().item(), rel=1e-5)
+    assert found.ppl_ratio.se == pytest.approx((mean.exp() * error).item(), rel=1e-4)
+    assert found.ppl_ratio.value == pytest.approx(
+        found.ppl.value / evaluate(find_layers(parent), BLOCKS, None).ppl.value
+    )
+    assert found.ppl_ratio.n == found.ppl.n
 
 
 def test_figures_do_not_depend_on_batches_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

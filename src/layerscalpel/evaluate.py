@@ -2,6 +2,7 @@
 
 Every figure comes with its standard error over blocks and its token count, and the parent is measured by the same code.
 KL and agreement are taken at every position, perplexity at the labelled ones, token-weighted (never a mean of means).
+Text that is hard for one is hard for all: a ratio of perplexities has a smaller error of its own, paired over blocks.
 
 Dimensions: N blocks, B blocks at once, T tokens, D hidden size.
 
@@ -36,7 +37,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures of one model; the first two are None for a model without a parent."""
+    """Figures of one model; what compares it with its parent is None for a model without one."""
 
     kl_nats: Measured | None
     """KL(parent || model) per token."""
@@ -44,6 +45,8 @@ class Quality:
     """Share of positions where both hold the same token most likely, 0..1."""
     ppl: Measured
     """exp of the mean negative log likelihood per token."""
+    ppl_ratio: Measured | None = None
+    """Perplexity over the parent's, its error paired over the blocks; None for a model without a parent."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for results.json; what was not measured is absent."""
@@ -99,16 +102,24 @@ def evaluate(
         require_finite(len(decoder), hidden)
         parent = None if reference is None else reference.hidden_NTD[rows].to(hidden.device)
         sums.append(_sums(decoder, hidden, blocks.tokens[rows], blocks.labelled[rows], reference, parent))
-    nll_N, kl_N, agreement_N = torch.cat(sums, dim=1)
+    nll_N, parent_N, kl_N, agreement_N = torch.cat(sums, dim=1)
     labelled_N = blocks.labelled.sum(1).double()
-    tokens_N = torch.full_like(labelled_N, blocks.tokens.shape[1])
-    nll = block_mean(nll_N / labelled_N.clamp(min=1), labelled_N)
-    ppl = math.exp(nll.value)
+    tokens_N, targets_N = torch.full_like(labelled_N, blocks.tokens.shape[1]), labelled_N.clamp(min=1)
+    ppl = exp_of(block_mean(nll_N / targets_N, labelled_N))
+    if reference is None:
+        return Quality(None, None, ppl)
     return Quality(
-        kl_nats=None if reference is None else block_mean(kl_N / tokens_N, tokens_N),
-        top1_agreement_fraction=None if reference is None else block_mean(agreement_N / tokens_N, tokens_N),
-        ppl=Measured(ppl, ppl * nll.se, nll.n),  # first-order error of exp
+        kl_nats=block_mean(kl_N / tokens_N, tokens_N),
+        top1_agreement_fraction=block_mean(agreement_N / tokens_N, tokens_N),
+        ppl=ppl,
+        ppl_ratio=exp_of(block_mean((nll_N - parent_N) / targets_N, labelled_N)),
     )
+
+
+def exp_of(mean: Measured) -> Measured:
+    """Return exp of a mean with its first-order error: a perplexity, or a ratio of two from the mean difference."""
+    value = math.exp(mean.value)
+    return Measured(value, value * mean.se, mean.n)
 
 
 def _final_batches(
@@ -128,18 +139,19 @@ def _sums(
     reference: Reference | None,
     parent_BTD: Tensor | None,
 ) -> Tensor:
-    """Return per block the sums [3, B] of nll over labelled targets, and of KL and agreement over positions."""
+    """Return per block the sums [4, B]: nll of labelled targets, and the parent's; KL and agreement over positions."""
     device, (batch, length) = hidden_BTD.device, tokens_BT.shape
     targets = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1).to(device)  # the last position predicts nothing
     counted = torch.cat([labelled_BT[:, 1:], torch.zeros_like(labelled_BT[:, :1])], dim=1).to(device)
-    sums = torch.zeros(3, batch, dtype=torch.float64)
+    sums = torch.zeros(4, batch, dtype=torch.float64)
     for part in token_chunks(batch, length, decoder.vocab_size, device):
         log_probs = log_probabilities(head_logits(decoder, hidden_BTD[:, part]))
         sums[0] += (token_nll(log_probs, targets[:, part]) * counted[:, part]).sum(1).double().cpu()
         if reference is not None and parent_BTD is not None:
             parent = log_probabilities(head_logits(reference.decoder, parent_BTD[:, part]))
-            sums[1] += kl_to_parent(parent, log_probs).sum(1).double().cpu()
-            sums[2] += (parent.argmax(-1) == log_probs.argmax(-1)).sum(1).double().cpu()
+            sums[1] += (token_nll(parent, targets[:, part]) * counted[:, part]).sum(1).double().cpu()
+            sums[2] += kl_to_parent(parent, log_probs).sum(1).double().cpu()
+            sums[3] += (parent.argmax(-1) == log_probs.argmax(-1)).sum(1).double().cpu()
     return sums
 
 
