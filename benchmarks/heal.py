@@ -1,122 +1,65 @@
-"""The paper's recipe on a real model: cut, tune the endpoints on instructions, measure on held-out text.
+"""What healing costs: seconds and memory beside LoRA, operations beside their floor, memory of an 8B model, processes.
 
-    python benchmarks/heal.py --text c4.jsonl.gz --instructions alpaca.jsonl.gz --out docs/benchmarks/heal.json
+    python benchmarks/heal.py --parts speed kernels memory --out docs/benchmarks/heal.json --minutes 9
+    python benchmarks/heal.py --parts ranks --out docs/benchmarks/heal.json
+    torchrun --nproc-per-node 2 benchmarks/heal.py --parts ranks --out docs/benchmarks/heal.json
+    python benchmarks/heal.py --out docs/benchmarks/heal.json --table --doc docs/benchmarks/heal.md
 
-Segment [13, 19), cross-entropy, 2 epochs, learning rate 5e-4, blocks of 512, batch 16; KL and perplexity on 256
-held-out blocks of 256 tokens in float32. Every seed is appended to the output as it is measured.
+Random weights of LLaMA's shapes and random tokens: nothing is learnt, everything is computed. How well healed models do
+is benchmarks/recipes.py.
+
+speed    Endpoint tuning and LoRA (rank 8, all linear layers, peft) on a cut LLaMA2-7B: the same blocks of packed
+         documents, batches, micro-batches, epochs, loss code and validation, no checkpointing. Each row heals once for
+         one step to warm up, then once for the time. The floor counts operations, and is compared with what a matrix
+         product reaches in the same run.
+kernels  What a step launches, how often the host waits for the device, and which attention ran.
+memory   Peak memory of healing a cut LLaMA-3-8B within a limit, by objective and by where frozen weights are.
+ranks    One process against several: losses and seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from heal_memory import memory
+from heal_ranks import ranks
+from heal_sizes import TINY, HealSizes
+from heal_speed import kernels, speed
+from heal_tables import TABLES, insert, tables
+from measuring import Rows, arguments
 
-from layerscalpel.config import build_config
-from layerscalpel.cut import cut_model
-from layerscalpel.data import prepare_blocks
-from layerscalpel.decoder import load_decoder, save_decoder
-from layerscalpel.evaluate import Reference, evaluate, final_hidden
-from layerscalpel.heal import HEALERS
-from layerscalpel.layers import Decoder
-from layerscalpel.probe import find_layers
-from layerscalpel.segment import Segment
+from layerscalpel import parallel
+from layerscalpel.progress import set_quiet
 
-
-def quality(folder: Path, blocks, reference: Reference, device: str) -> dict:
-    model, _, _ = load_decoder(str(folder), device=device, dtype="float32")
-    return evaluate(find_layers(model), blocks, reference, batch_size=16).to_dict()
+PARTS: dict[str, Callable[[Rows, argparse.Namespace, HealSizes], None]] = {
+    "speed": speed,
+    "kernels": kernels,
+    "memory": memory,
+    "ranks": ranks,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--instructions", required=True)
-    parser.add_argument("--segment", default="13:19")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--objectives", default="ce")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", required=True, type=Path)
+    parser = arguments(__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[])
+    parser.add_argument("--micro", type=int, default=8, help="blocks per forward and backward, of every method")
+    parser.add_argument("--blocks", type=int, help="blocks that speed heals on")
+    parser.add_argument("--take", type=int, default=0, help="another number measures speed and memory once more")
+    parser.add_argument("--limit-gib", type=float, default=24.0, help="device memory that part memory may use")
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp/heal"), help="for what frozen layers computed")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes and few blocks: does it run?")
+    parser.add_argument("--doc", type=Path, help="a document to insert the tables into")
     given = parser.parse_args()
-    exact_parent, tokenizer, origin = load_decoder(given.model, device=given.device, dtype="float32")
-    config = build_config(
-        [
-            {
-                "data.calibration": given.text,
-                "data.evaluation": given.text,
-                "data.healing": given.instructions,
-                "data.evaluation_blocks": 256,
-                "heal.epochs": 2,
-                "heal.lr": 5e-4,
-                "heal.micro_batch_size": 16,
-            }
-        ]
-    )
-    decoder = find_layers(exact_parent)
-    start, stop = map(int, given.segment.split(":"))
-    segment = Segment(start, stop, len(decoder))
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    rows: list[dict] = [{"device": name, "torch": torch.__version__, "model": given.model, "segment": given.segment}]
-
-    def keep(row: dict) -> None:
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        given.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-    held_out = prepare_blocks(tokenizer, config.data, num_calibration=32, seed=0, heal=False).evaluation
-    reference = Reference(decoder, final_hidden(decoder, held_out.tokens, batch_size=16, label="parent"))
-    keep({"model": "parent", **evaluate(decoder, held_out, None, batch_size=16).to_dict()})
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        save_decoder(cut_model(decoder, segment)[0], tokenizer, folder / "cut", dtype=origin.dtype)
-        keep({"model": "cut", **quality(folder / "cut", held_out, reference, given.device)})
-        for objective in given.objectives.split(","):
-            values = []
-            for seed in range(given.seeds):
-                recipe = build_config(
-                    [{"heal.epochs": 2, "heal.lr": 5e-4, "heal.micro_batch_size": 16, "heal.objective": objective}]
-                ).heal
-                parts = prepare_blocks(tokenizer, config.data, num_calibration=32, seed=seed)
-                student, _, _ = load_decoder(str(folder / "cut"), device=given.device)
-                parent: Decoder | None = None
-                if objective != "ce":
-                    parent = find_layers(load_decoder(given.model, device=given.device).model)
-                began = time.perf_counter()
-                found = HEALERS["endpoint"].train(
-                    find_layers(student),
-                    parent,
-                    [segment.start],
-                    parts.healing,
-                    parts.validation,
-                    recipe,
-                    seed=seed,
-                    scratch=folder / "scratch",
-                )
-                took = time.perf_counter() - began
-                target = folder / f"healed-{objective}-{seed}"
-                save_decoder(student, tokenizer, target, dtype=origin.dtype)
-                figures = quality(target, held_out, reference, given.device)
-                values.append(figures["kl_nats"]["value"])
-                keep(
-                    {
-                        "model": "healed",
-                        "objective": objective,
-                        "seed": seed,
-                        "wall_s": took,
-                        "steps": found.steps,
-                        "best_step": found.best_step,
-                        "validation": found.validation,
-                        **figures,
-                    }
-                )
-            spread = statistics.stdev(values) if len(values) > 1 else None
-            keep({"model": "healed", "objective": objective, "mean_kl_nats": statistics.mean(values), "spread": spread})
+    set_quiet(True)
+    rows = Rows(given.out, given.minutes, again=given.again)
+    for part in () if given.table else given.parts:
+        PARTS[part](rows, given, TINY if given.tiny else HealSizes())
+    if parallel.rank() == 0:
+        print(tables(rows.all))
+        if given.doc:
+            insert(given.doc, TABLES, rows.all)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from layerscalpel.config import build_config
 from layerscalpel.data import Parts, prepare_blocks
 from layerscalpel.decoder import load_decoder
 from layerscalpel.evaluate import Reference, evaluate, final_hidden
-from layerscalpel.heal import HEALERS
+from layerscalpel.heal import heal_model
 from layerscalpel.layers import Decoder
 from layerscalpel.pilot import find_pilot, own_seam
 from layerscalpel.probe import find_layers
@@ -135,13 +135,12 @@ class Bench:
 
     def full_recipe(self, n: int, seed: int, start: int) -> Row:
         """Heal a segment by the full recipe and measure what comes of it."""
-        task, train = self.task(n, seed), HEALERS[self.config.heal.method].train
+        task = self.task(n, seed)
         assert task.pilots is not None
-        assert train is not None
         child, scratch = own_seam(task, start, self.config.heal.width), self.scratch / f"heal-{n}-{seed}-{start}"
         blocks = (task.pilots.healing, task.pilots.validation)
         healed, wall_s = seconds(
-            lambda: train(child, None, [start], *blocks, self.config.heal, seed=seed, scratch=scratch)
+            lambda: heal_model(child, None, [start], *blocks, self.config.heal, seed=seed, scratch=scratch)
         )
         figures = self.judge(find_layers(copy.deepcopy(child.model).float()), seed)
         loss = min(row["loss_nats"] for row in healed.validation)
