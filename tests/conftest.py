@@ -30,3 +30,11 @@ def world(tmp_path_factory) -> Path:
     write_model(folder / "model")
     write_recipe(folder / "recipe.yaml", write_texts(folder / "texts.jsonl"))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _speaks() -> None:
+    """Let every test hear what is said, whatever an earlier one switched off."""
+    from layerscalpel.progress import set_quiet
+
+    set_quiet(False)

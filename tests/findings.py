@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -62,8 +63,9 @@ heal: {method: endpoint, objective: both, layers: [12, 13], trained_parameters: 
 evaluate:
   parent: {ppl: {value: 17.21, se: 0.31, n: 16320}}
   cut: {kl_nats: {value: 0.7213, se: 0.018, n: 16384}, top1_agreement_fraction: {value: 0.6114, se: 0.0052, n: 16384},
-    ppl: {value: 33.84, se: 0.77, n: 16320}}
+    ppl: {value: 33.84, se: 0.77, n: 16320}, ppl_ratio: {value: 1.966, se: 0.031, n: 16320}}
   healed: {kl_nats: {value: 0.4418, se: 0.021, n: 16384}, ppl: {value: 25.13, se: 0.42, n: 16320},
+    ppl_ratio: {value: 1.4602, se: 0.0113, n: 16320},
     top1_agreement_fraction: {value: 0.7012, se: 0.0047, n: 16384}}
   wall_s: 40.2
 benchmark:
@@ -125,6 +127,31 @@ def full_results() -> dict[str, Any]:
             {"prompt": "The river", "text": EVIL},
             {"prompt": "Why?", "text": model},
         ]
+    return results
+
+
+LONG_EDGES = (1, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def long_results() -> dict[str, Any]:
+    """Return a run whose healed model is worse far into a text."""
+    results = full_results()
+    bins = list(itertools.pairwise(LONG_EDGES))
+    counts = [4 * (high - low) for low, high in bins]
+    for model, near, far in (("parent", 0, 0), ("cut", 1.97, 2.31), ("healed", 1.4, 1.9)):
+        rows = []
+        for place, (low, high) in enumerate(bins):
+            ppl = (21.45 - 1.5 * place) * (near or 1)
+            row = {"from": low, "to": high, "ppl": quantity(ppl, 0.41, counts[place])}
+            ratio = quantity(near + (far - near) * place / 6, 0.03 + 0.02 * place / 6, counts[place])
+            rows.append(row | ({"ppl_ratio": ratio} if near else {}))
+        results["evaluate"][model]["by_position"] = rows
+        if near:
+            results["evaluate"][model]["near_and_far"] = [rows[1] | {"to": 512}, rows[-1]]
+    results["evaluate"]["cut"]["ppl_ratio_growth"] = quantity(1.1398, 0.0391, 9984)
+    results["evaluate"]["healed"]["ppl_ratio_growth"] = quantity(1.2809, 0.0358, 9984)
+    texts = {"num_blocks": 4, "block_tokens": 4096, "num_documents": 4, "joined": False, "dropped": {"too short": 391}}
+    results["data"]["long"] = results["data"]["evaluation"] | texts
     return results
 
 
@@ -218,12 +245,65 @@ def pilot_results() -> dict[str, Any]:
     return results
 
 
+PHASES = """
+method: endpoint
+objective: both
+weights: {ce: 1.0, kl: 0.5, seam: 0.1}
+lr: 0.0005
+expand: 2
+documents: apart
+cached_fraction: 0.875
+cache_bytes: 1200000000
+cache_dtype: bfloat16
+micro_batch_size: 1
+micro_batch_halvings: 2
+labelled_tokens: 24000
+processes: 4
+kl_nats: {before: {value: 0.7144, se: 0.0191, n: 16384}, after: {value: 0.4409, se: 0.0162, n: 16384},
+  text: calibration}
+failed: false
+second: {method: lora, objective: both, weights: {ce: 1.0, kl: 0.5, seam: 0.1}, lr: 0.00005, expand: 0,
+  documents: apart,
+  layers: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23],
+  trained_parameters: 1953792, steps: 50, tokens: 25600, labelled_tokens: 12000, best_step: 50, cached_fraction: 1.0,
+  cache_bytes: 300000000, cache_dtype: bfloat16, micro_batch_size: 1, micro_batch_halvings: 0}
+"""
+
+
+def two_phase_results() -> dict[str, Any]:
+    """Return a run that was healed in two phases, by a loss of three terms, with little memory."""
+    results = full_results()
+    heal = results["heal"] | yaml.safe_load(PHASES)
+    loss = {t: 1.95 - 0.004 * t for t in range(51)}
+    heal["second"] |= {
+        "train": [{"step": t, "loss": loss[t] + 0.05 * math.sin(5 * t), "lr": 5e-5} for t in range(1, 51)],
+        "validation": [{"step": t, "loss": loss[t]} for t in range(0, 51, 10)],
+    }
+    heal["train"] = [{"step": row["step"], "loss": row["loss_nats"], "lr": row["lr"]} for row in heal["train"]]
+    heal["validation"] = [{"step": row["step"], "loss": row["loss_nats"]} for row in heal["validation"]]
+    for row in [*heal["validation"], *heal["second"]["validation"]]:
+        row |= {"ce_nats": 0.7 * row["loss"], "kl_nats": 0.4 * row["loss"], "seam_error": row["loss"]}
+    return results | {"heal": heal}
+
+
+def failed_results() -> dict[str, Any]:
+    """Return a run whose healing took it farther from its parent, so that the cut model is the result."""
+    results = full_results()
+    kl = {"before": quantity(0.7144, 0.0191), "after": quantity(0.9032, 0.0233), "text": "calibration"}
+    results["heal"] |= {"kl_nats": kl, "failed": True, "documents": "joined"}
+    results["evaluate"]["healed"] = {**results["evaluate"]["healed"], **results["evaluate"]["cut"]}
+    return results
+
+
 VARIANTS = {
     "full": full_results,
     "old": old_results,
+    "long": long_results,
     "rates": rates_results,
     "two runs": two_run_results,
     "pilots": pilot_results,
+    "two phases": two_phase_results,
+    "failed": failed_results,
 }
 
 

@@ -37,6 +37,9 @@ def refused(capsys, *argv: object) -> str:
         (("--segment", "3-5"), "is no START:STOP"),
         (("--until", "heel"), "there is no stage 'heel' - did you mean 'heal'?"),
         (("--calibration", "alpacca"), "there is no text source 'alpacca' - did you mean 'alpaca'?"),
+        (("--healing", "passages=2,alpacca"), "there is no text source 'alpacca' - did you mean 'alpaca'?"),
+        (("--healing", "passages=0,c4"), "the mix 'passages=0,c4' gives passages the weight '0' - allowed: a number"),
+        (("--healing", "passages=2,self"), "data.healing=self is refused: held-out text must not come"),
         (("--recipe", "nothing.yaml"), "recipe nothing.yaml cannot be read"),
         (("--set", "data.block_tokens=4096"), "longer than the model's context of 128"),
         (("--device", "cuda"), "device cuda is not there"),
@@ -49,6 +52,7 @@ def test_bad_flags_end_with_one_line(world: Path, capsys, flags: tuple, expected
     out = world / "never"
     said = refused(capsys, "run", world / "model", "--recipe", world / "recipe.yaml", "--out", out, *flags)
     assert expected in said
+    assert sum(line.startswith("scalpel: ") for line in said.splitlines()) == 1
     assert not (out / "results.json").exists()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +17,14 @@ from planted import random_blocks, silence
 
 from layerscalpel import pilot
 from layerscalpel.exact import WindowScores
-from layerscalpel.heal import Healer, HealResult, seam_layers, tune_endpoints
+from layerscalpel.heal import heal_model
 from layerscalpel.layers import Decoder
 from layerscalpel.pilot import Pilot, best_pilot, candidates, find_pilot, own_seam
 from layerscalpel.probe import find_layers
 from layerscalpel.segment import Segment
 from layerscalpel.settings import HealSettings, SearchSettings
 from layerscalpel.task import Pilots, Task
+from layerscalpel.trained import seam_layers
 
 SETTINGS = SearchSettings(
     num_blocks=4, batch_size=2, gate_blocks=2, num_starts=2, pilot_steps=3, pilot_count=3, confidence=0.0
@@ -94,7 +97,7 @@ def test_a_seam_of_its_own_leaves_the_parent_as_it_was(start: int, width: int, t
     settings = replace(HEALING, width=width, epochs=1)
     blocks = random_blocks(4, seed=5)
     fresh = {name: tensor.clone() for name, tensor in ours.items()}
-    tune_endpoints(child, decoder, [start], blocks, blocks, settings, seed=0, scratch=tmp_path)
+    heal_model(child, decoder, [start], blocks, blocks, settings, seed=0, scratch=tmp_path)
     changed = {name for name, tensor in child.model.state_dict().items() if not torch.equal(tensor, fresh[name])}
     assert changed
     assert all(any(name.startswith(prefix) for prefix in seam) for name in changed)
@@ -143,21 +146,20 @@ def test_the_best_pilot_has_the_lowest_loss_then_agrees_most(pilots: list[Pilot]
     assert best_pilot(pilots[::-1]).start == best
 
 
-def healing_as(losses: dict[int, float], healed: list[int]) -> dict[str, Healer]:
-    """Return a table whose healer trains nothing and ends with a loss known for each start."""
+def healing_as(losses: dict[int, float], healed: list[int]) -> Callable[..., Any]:
+    """Return a healing that trains nothing and ends with a loss known for each start."""
 
-    def train(_student, _parent, seams, blocks, _validation, settings, *, seed: int, scratch: Path) -> HealResult:
+    def heal(_student, _parent, seams, blocks, _validation, settings, *, seed: int, scratch: Path) -> Any:
         (start,) = seams
         healed.append(start)
-        steps = math.ceil(len(blocks) / settings.batch_size)
         rows = [
             {"step": 0, "loss_nats": 9.0},
             {"step": 1, "loss_nats": losses.get(start, 8.0)},
             {"step": 2, "loss_nats": 9.5},
         ]
-        return HealResult("endpoint", "ce", [], 0, steps, 0, 0, 1.0, [], rows, 1)
+        return SimpleNamespace(steps=math.ceil(len(blocks) / settings.batch_size), validation=rows)
 
-    return {"endpoint": Healer(train, "", "")}
+    return heal
 
 
 def test_what_heals_best_wins_over_what_costs_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +171,7 @@ def test_what_heals_best_wins_over_what_costs_least(tmp_path: Path, monkeypatch:
     wanted = candidates(curve_of, [])[:3]
     assert (curve_of.best(), wanted[0]) == (2, 2)
     other = next(start for start in wanted if start != 2)
-    monkeypatch.setattr(pilot, "HEALERS", healing_as({2: 3.0, other: 1.0}, healed))
+    monkeypatch.setattr(pilot, "heal_model", healing_as({2: 3.0, other: 1.0}, healed))
     result = find_pilot(task)
     assert result.segment == Segment(other, other + 2, 8)
     assert result.details["certificate"]["exact_start"] == 2
@@ -179,7 +181,7 @@ def test_what_heals_best_wins_over_what_costs_least(tmp_path: Path, monkeypatch:
 
 
 def test_a_pilot_that_learned_nothing_has_the_kl_of_its_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pilot, "HEALERS", healing_as({}, []))
+    monkeypatch.setattr(pilot, "heal_model", healing_as({}, []))
     result = find_pilot(task_of(find_layers(tiny("llama")), tmp_path))
     for row in result.details["pilots"]:
         assert row["kl_nats"] == pytest.approx(result.scores[str(row["start"])]["kl_nats"], abs=1e-5)
@@ -189,7 +191,7 @@ def test_a_pilot_that_learned_nothing_has_the_kl_of_its_window(tmp_path: Path, m
 @pytest.mark.parametrize("count", [2, 5])
 def test_as_many_are_healed_as_the_settings_allow(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     healed: list[int] = []
-    monkeypatch.setattr(pilot, "HEALERS", healing_as({}, healed))
+    monkeypatch.setattr(pilot, "heal_model", healing_as({}, healed))
     monkeypatch.setattr(pilot, "better_neighbours", lambda *_: list(range(7)))  # every window is a candidate
     task = task_of(find_layers(tiny("llama")), tmp_path, settings=replace(SETTINGS, pilot_count=count))
     find_pilot(task)
@@ -204,7 +206,7 @@ def test_the_choice_is_as_good_as_the_best(tmp_path: Path) -> None:
 
 def test_windows_that_cannot_be_cut_are_not_healed_and_others_take_their_place(tmp_path, monkeypatch) -> None:
     healed: list[int] = []
-    monkeypatch.setattr(pilot, "HEALERS", healing_as({}, healed))
+    monkeypatch.setattr(pilot, "heal_model", healing_as({}, healed))
     decoder = find_layers(tiny("llama"))
     ranked = candidates(pilot.raced_windows(task_of(decoder, tmp_path)).scores, list(range(7)))
     monkeypatch.setattr(pilot, "better_neighbours", lambda *_: list(range(7)))  # every window is a candidate
@@ -217,12 +219,13 @@ def test_windows_that_cannot_be_cut_are_not_healed_and_others_take_their_place(t
 
 def test_the_parent_teaches_only_where_the_objective_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, given = find_layers(tiny("llama")), []
-    table = healing_as({}, [])
-    inner = table["endpoint"].train
-    noting = Healer(
-        lambda student, parent, *rest, **more: (given.append(parent), inner(student, parent, *rest, **more))[1], "", ""
-    )
-    monkeypatch.setattr(pilot, "HEALERS", {"endpoint": noting})
+    heal = healing_as({}, [])
+
+    def noting(student: Decoder, parent: Decoder | None, *rest: Any, **more: Any) -> Any:
+        given.append(parent)
+        return heal(student, parent, *rest, **more)
+
+    monkeypatch.setattr(pilot, "heal_model", noting)
     for objective, teacher in (("ce", None), ("kl", decoder), ("both", decoder)):
         task = task_of(decoder, tmp_path)
         settings = replace(HEALING, objective=objective)
@@ -230,3 +233,17 @@ def test_the_parent_teaches_only_where_the_objective_needs_it(tmp_path: Path, mo
         assert given
         assert all(item is teacher for item in given)
         given.clear()
+
+
+def test_pilots_are_healed_alone_beside_a_parent_that_stays_where_it_is(tmp_path: Path, monkeypatch) -> None:
+    heal, given = healing_as({}, []), []
+
+    def noting(*blocks: Any, **more: Any) -> Any:
+        given.append((blocks[-1].frozen, blocks[-1].shard, "team" in more))
+        return heal(*blocks, **more)
+
+    monkeypatch.setattr(pilot, "heal_model", noting)
+    for changes in ({"frozen": "cpu"}, {"frozen": "4bit"}, {"shard": True}):
+        task = task_of(find_layers(tiny("llama")), tmp_path)
+        find_pilot(replace(task, pilots=replace(task.pilots, settings=replace(HEALING, **changes))))
+    assert set(given) == {("device", False, False)}

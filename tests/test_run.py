@@ -12,7 +12,7 @@ import torch
 from checkpoints import SameProcess
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from layerscalpel import aside, checkpoint, heal, stages
+from layerscalpel import aside, checkpoint, stages, training
 from layerscalpel.cli import main
 from layerscalpel.rundir import STAGES
 
@@ -52,8 +52,43 @@ def test_results_have_the_agreed_form(finished: Path) -> None:
     assert all(set(score) == {"kl_nats", "se", "num_blocks"} for score in results["search"]["scores"].values())
     assert set(results["evaluate"]) >= {"parent", "cut", "healed"}
     for name in ("cut", "healed"):
-        for measure in ("kl_nats", "top1_agreement_fraction", "ppl"):
+        for measure in ("kl_nats", "top1_agreement_fraction", "ppl", "ppl_ratio", "ppl_ratio_growth"):
             assert set(results["evaluate"][name][measure]) == {"value", "se", "n"}
+
+
+def test_long_texts_are_measured_by_position(finished: Path) -> None:
+    results = results_of(finished)
+    rows = {name: results["evaluate"][name]["by_position"] for name in ("parent", "cut", "healed")}
+    assert all([(row["from"], row["to"]) for row in bins] == [(1, 64), (64, 128)] for bins in rows.values())
+    assert not any("ppl_ratio" in row for row in rows["parent"])
+    assert all(set(row["ppl_ratio"]) == {"value", "se", "n"} for row in rows["cut"] + rows["healed"])
+    assert (results["data"]["long"]["num_blocks"], results["data"]["long"]["joined"]) == (2, False)
+    assert "long_note" not in results["evaluate"]
+    assert "Far into a text" in (finished / "report.html").read_text(encoding="utf-8")
+
+
+def test_too_little_text_for_a_long_one_ends_no_run(world: Path, capsys) -> None:
+    few = ["--set", "evaluate.long_blocks=999", "--search", "last", "--until", "evaluate"]
+    assert scalpel(world, "run", "few-long", *few) == 0
+    results = results_of(world / "few-long")
+    assert 0 < results["data"]["long"]["num_blocks"] < 999
+    assert "of 999 texts of 128 tokens" in results["evaluate"]["long_note"]
+    assert "of 999 texts of 128 tokens" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_long_text_past_the_context_is_refused_before_anything_is_read(world: Path, capsys) -> None:
+    assert scalpel(world, "run", "too-long", "--set", "evaluate.context_tokens=129") == 2
+    assert "129 tokens are longer than the model's context of 128 - lower evaluate.context" in capsys.readouterr().err
+
+
+def test_the_long_check_changes_no_other_text(finished: Path, world: Path) -> None:
+    off = ["--set", "evaluate.long_blocks=0", "--search", "last", "--until", "evaluate"]
+    assert scalpel(world, "run", "no-long", *off) == 0
+    results = results_of(world / "no-long")
+    assert "by_position" not in results["evaluate"]["healed"]
+    assert "long" not in results["data"]
+    hashes = {part: found["sha256"] for part, found in results_of(finished)["data"].items() if part != "long"}
+    assert {part: found["sha256"] for part, found in results["data"].items()} == hashes
 
 
 def test_stages_that_did_not_run_are_absent(finished: Path) -> None:
@@ -88,7 +123,7 @@ def test_healed_differs_from_cut_at_the_seam_only(finished: Path) -> None:
 
 def test_parts_do_not_overlap(finished: Path) -> None:
     data = results_of(finished)["data"]
-    assert len({part["sha256"] for part in data.values()}) == 4
+    assert len({part["sha256"] for part in data.values()}) == 5
 
 
 def test_a_finished_run_prints_its_table_without_torch(finished: Path, world: Path) -> None:
@@ -193,7 +228,7 @@ def test_a_given_segment_skips_the_search(world: Path) -> None:
 
 
 def test_an_interruption_ends_with_130_and_goes_on(world: Path, monkeypatch) -> None:
-    own = heal.Training._step
+    own = training.Training._step
     calls = []
 
     def once(self, *given):
@@ -202,7 +237,7 @@ def test_an_interruption_ends_with_130_and_goes_on(world: Path, monkeypatch) -> 
             raise KeyboardInterrupt
         return own(self, *given)
 
-    monkeypatch.setattr(heal.Training, "_step", once)
+    monkeypatch.setattr(training.Training, "_step", once)
     assert scalpel(world, "run", "broken", "--until", "heal") == 130
     assert "heal" not in results_of(world / "broken")
     assert (world / "broken" / "heal" / "state.pt").is_file()

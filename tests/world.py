@@ -75,7 +75,7 @@ def write_recipe(path: Path, texts: Path, **changes: object) -> Path:
         },
         "search": {"num_blocks": 4, "gate_blocks": 4, "num_starts": 2},
         "heal": {"epochs": 1, "batch_size": 4, "validations": 2, "objective": "both", "lr": 1e-3},
-        "evaluate": {"sample_tokens": 4},
+        "evaluate": {"sample_tokens": 4, "context_tokens": 128, "long_blocks": 2},
         "benchmark": {"prompt_tokens": 4, "new_tokens": 3, "repeats": 2},
     }
     for key, value in changes.items():

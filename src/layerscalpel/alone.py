@@ -13,12 +13,14 @@ from layerscalpel.benchmark import benchmark
 from layerscalpel.card import model_card
 from layerscalpel.checkpoint import cut_checkpoint
 from layerscalpel.config import to_dict
-from layerscalpel.data import find_source, prepare_blocks, require_place_for_self
+from layerscalpel.data import prepare_blocks
 from layerscalpel.decoder import load_decoder, num_parameters, weight_bytes
 from layerscalpel.errors import UserError
+from layerscalpel.longtext import prepare_check
 from layerscalpel.origin import Origin, peek
 from layerscalpel.probe import find_layers
 from layerscalpel.progress import waiting
+from layerscalpel.records import find_source, require_place_for_self
 from layerscalpel.rundir import software, write_json
 from layerscalpel.segment import parse_segment
 from layerscalpel.settings import Config
@@ -73,7 +75,9 @@ def measure_alone(stage: str, config: Config, out: Path) -> dict[str, Any]:
         samples = quality.write_samples(
             loaded.model, loaded.tokenizer, num_tokens=config.evaluate.sample_tokens, label="samples"
         )
-        found = {"model": figures.to_dict() | {"samples": samples}}
+        settings, stated = config.evaluate, loaded.origin.max_tokens
+        long = prepare_check(parts, asked=settings.context_tokens, stated=stated, num_blocks=settings.long_blocks)
+        found = {"model": figures.to_dict() | long.measure("model", decoder) | {"samples": samples}} | long.note()
     results = {"model": _sizes(loaded.model, loaded.origin), stage: found}
     write_json(out / "results.json", results)
     write_json(out / stage / "done.json", {"result": found})

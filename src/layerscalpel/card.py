@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from layerscalpel.healwords import heal_warnings, healing_words
+from layerscalpel.longwords import long_warnings, long_words
 from layerscalpel.proofwords import proof_text, proof_warnings
 from layerscalpel.search import SEARCHES
 from layerscalpel.searchwords import pilot_rows, refusals, search_paragraphs, search_warnings
@@ -29,98 +31,6 @@ MEASURES = {
 """{quantity: (name, scale of print, unit, 1 where more is better)}."""
 STEPS = {"stitched": "Stitching", "healed": "Healing"}
 HEALED = " A healed checkpoint is not part of the proof; it was loaded from disk to be measured."
-CARD = """---
-{{ front_matter }}---
-
-# {{ title }}, cut by Layer Scalpel
-
-{{ headline }}
-{% for warning in warnings %}
-
-> **Warning.** {{ warning }}
-{% endfor %}
-{% if search %}
-
-The search `{{ search.method }}` chose what was removed{{ ": " + method.sentence.replace(" (default)", "") if method }}.
-{% endif %}
-{% if heal %}
-
-The seam{{ "s were" if segments | length > 1 else " was" }} healed: {{ heal.trained_parameters | count }} parameters \
-in layers {{ heal.layers | join(", ") }} of the cut model were trained for {{ heal.steps | count }} steps on \
-{{ heal.tokens | count }} tokens (`{{ heal.method }}`, objective `{{ heal.objective }}`); step {{ heal.best_step }} \
-was kept.
-{% endif %}
-
-| model | parameters | MB | KL to the parent (nats per token) | top-1 agreement (%) | perplexity |
-|---|---|---|---|---|---|
-{% for row in rows %}
-| {{ row.model }} | {{ row.parameters | count }} | {{ row.bytes | count(1e6) }} | {{ row.kl_nats | measured }} \
-| {{ row.top1_agreement_fraction | measured(100) }} | {{ row.ppl | measured }} |
-{% endfor %}
-
-± is one standard error over blocks of held-out text; – was not measured.
-{% if benchmark and benchmark.speedup is defined %}
-
-Speed on {{ benchmark.device }} over the parent's: prefill {{ benchmark.speedup.prefill | measured }}, decoding \
-{{ benchmark.speedup.decode | measured }}; the number of layers alone would give {{ benchmark.ideal_speedup | plain }}.
-{% endif %}
-
-## Use
-
-```python
-from transformers import {{ loaded_by }}, AutoTokenizer
-
-model = {{ loaded_by }}.from_pretrained("path/to/this/folder"{{ remote }})
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-{% if found %}
-
-## Search
-{% for topic, text in found.items() %}
-
-{{ topic | capitalize }}: {{ text }}
-{% endfor %}
-{% if pilots %}
-
-| pilot at start | KL before (nats per token) | KL after | held-out loss (nats per token) | top-1 agreement (%) |
-|---|---|---|---|---|
-{% for row in pilots %}
-| {{ row.start }}{{ " (taken)" if row.taken }} | {{ row.kl_before | measured }} | {{ row.kl_nats | plain }} \
-| {{ "%.4g" | format(row.validation_loss_nats) }} | {{ "%.1f" | format(100 * row.top1_agreement_fraction) }} |
-{% endfor %}
-{% endif %}
-{% endif %}
-{% if cut %}
-
-## Proof
-
-{{ proof }}{{ unproven }}
-{% endif %}
-{% if history %}
-
-## Where it comes from
-
-{% for step in history %}
-- {{ step }}
-{% endfor %}
-{% endif %}
-{% if data %}
-
-## Data (sha256 of token ids)
-
-{% for part, blocks in data.items() %}
-- {{ part }}: `{{ blocks.source }}`, {{ blocks.num_blocks }} x {{ blocks.block_tokens }} tokens, `{{ blocks.sha256 }}`
-{% endfor %}
-{% endif %}
-
-## Limits
-
-- Only the figures above were measured; other tasks, languages and long contexts were not.
-- What the parent gets wrong this model gets wrong too; nothing was done about safety or bias.
-- The licence is that of the parent.
-
-Made with layerscalpel {{ provenance.layerscalpel }} and transformers {{ provenance.transformers }}.
-"""
 
 
 def model_card(results: Results, config: dict[str, Any], provenance: dict[str, Any]) -> str:
@@ -134,7 +44,7 @@ def model_card(results: Results, config: dict[str, Any], provenance: dict[str, A
     said |= {"loaded_by": cut.get("loaded_by", "AutoModelForCausalLM")}
     said |= {"remote": ", trust_remote_code=True" if allowed else ""}
     said |= {"title": shown_name(name), "history": history_lines(cut.get("history"), len(cut.get("steps", [cut])))}
-    return environment(autoescape=False).from_string(CARD).render(said, config=config) + "\n"
+    return environment(autoescape=False).get_template("card.md.j2").render(said, config=config) + "\n"
 
 
 def _is_local(name: str) -> bool:
@@ -191,12 +101,11 @@ def _removed(segments: list[Segment]) -> str:
 
 def warnings(results: Results) -> list[str]:
     """Return what speaks against the result, one sentence each."""
-    found = (proof_warnings(results["cut"]) if "cut" in results else []) + search_warnings(results)
+    found = proof_warnings(results["cut"]) if "cut" in results else []
+    found += heal_warnings(results) + search_warnings(results) + long_warnings(results)
     children = [row for row in summary_rows(results) if row["model"] != "parent"]
     for before, after in itertools.pairwise(children):
         found += _worsenings(before, after)
-    if results.get("heal", {}).get("best_step") == 0:
-        found.append("No step of healing lowered the held-out loss: the healed model is the one it began with.")
     speedup = results.get("benchmark", {}).get("speedup", {})
     for name, ratio in ((kind, speedup[kind]) for kind in ("prefill", "decode") if kind in speedup):
         effect, spread = ratio["value"] - 1, 2 * (ratio.get("se") or 0)
@@ -243,6 +152,8 @@ def words(results: Results) -> dict[str, Any]:
         "refusals": refusals(results.get("search", {})),
         "method": SEARCHES.get(results.get("search", {}).get("method")),
         "rows": summary_rows(results),
+        **long_words(results),
+        **healing_words(results),
         "headline": headline(results),
         "warnings": warnings(results),
         "proof": proof_text(results["cut"]) if "cut" in results else None,

@@ -186,7 +186,7 @@ def _go(config: Config, arguments: argparse.Namespace, *, until: str | None, red
         from layerscalpel.run import run  # torch and transformers take seconds to import
 
         results = run(config, out, until=until or "report", redo=redo)
-        if not results:  # a process that helped with the search only
+        if not results:  # a process that helped only
             return
     else:
         say(f"{out} is finished; nothing to do")
@@ -312,8 +312,8 @@ def inspect_command(arguments: argparse.Namespace) -> None:
 
 def methods_command(_arguments: argparse.Namespace) -> None:
     """`scalpel methods`: every table of methods."""
-    from layerscalpel.data import SOURCES
     from layerscalpel.heal import HEALERS
+    from layerscalpel.records import SOURCES
     from layerscalpel.search import SEARCHES
     from layerscalpel.stitch import STITCHES
 

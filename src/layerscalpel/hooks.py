@@ -218,20 +218,47 @@ def visit_layer(decoder: Decoder, i: int, tokens: Tensor, hidden: Tensor, visit:
     return caught[0]
 
 
-def hidden_at(decoder: Decoder, tokens: Tensor, boundary: int) -> Tensor:
-    """Return the hidden states [B, T, D] at a boundary (0..L) for token ids [B, T]; nothing after it is computed."""
-    return _captured(decoder, tokens, boundary)
+def hidden_at(decoder: Decoder, tokens: Tensor, boundary: int, positions: Tensor | None = None) -> Tensor:
+    """Return the hidden states [B, T, D] at a boundary (0..L) for token ids [B, T]; nothing after it is computed.
+
+    `positions` [B, T], each token's place in its own document, keep packed documents apart where the model can.
+    """
+    return _captured(decoder, tokens, boundary, positions)
 
 
-def resume_from(decoder: Decoder, tokens: Tensor, boundary: int, hidden: Tensor) -> Tensor:
-    """Return the hidden states [B, T, D] at boundary L when `hidden` [B, T, D] enters at `boundary`."""
-    if boundary == len(decoder):
+def resume_from(
+    decoder: Decoder,
+    tokens: Tensor,
+    boundary: int,
+    hidden: Tensor,
+    positions: Tensor | None = None,
+    *,
+    until: int | None = None,
+) -> Tensor:
+    """Return the hidden states [B, T, D] at boundary `until` (None is L) when `hidden` enters at `boundary`."""
+    until = len(decoder) if until is None else until
+    if boundary == until:
         return hidden
     with inject(decoder, boundary, hidden):
-        return _captured(decoder, tokens, len(decoder))
+        return _captured(decoder, tokens, until, positions)
 
 
-def _captured(decoder: Decoder, tokens: Tensor, boundary: int) -> Tensor:
+@contextlib.contextmanager
+def caught_at(decoder: Decoder, boundary: int) -> Iterator[list[Tensor]]:
+    """Within, each forward adds the hidden states that leave layer `boundary` - 1 to a list; boundary is 1..L."""
+    caught: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        caught.append(hidden_in(output))
+
+    handle = decoder.layers[boundary - 1].register_forward_hook(keep)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def _captured(decoder: Decoder, tokens: Tensor, boundary: int, positions: Tensor | None = None) -> Tensor:
     require_streams(decoder)
     caught: list[Tensor] = []
 
@@ -243,12 +270,13 @@ def _captured(decoder: Decoder, tokens: Tensor, boundary: int) -> Tensor:
         caught.append(hidden_in(output))
         raise EarlyEndError
 
+    apart = {} if positions is None else {"position_ids": positions}
     last = boundary == len(decoder)
     layer = decoder.layers[boundary - 1] if last else decoder.layers[boundary]
     handle = layer.register_forward_hook(after) if last else layer.register_forward_pre_hook(before, with_kwargs=True)
     try:
         with contextlib.suppress(EarlyEndError):
-            body_of(decoder.model)(input_ids=tokens, use_cache=False)
+            body_of(decoder.model)(input_ids=tokens, use_cache=False, **apart)
     finally:
         handle.remove()
     return caught[0]

@@ -31,6 +31,22 @@ def kl_to_parent(parent_log_probs_BTV: Tensor, log_probs_BTV: Tensor, parent_pro
     return torch.linalg.vecdot(probs_BTV, parent_log_probs_BTV - log_probs_BTV)
 
 
+def top_k_kl(parent_log_probs_MK: Tensor, ids_MK: Tensor, log_probs_MV: Tensor) -> Tensor:
+    """Return KL(parent || model) [M] in nats of k tokens and of all others taken as one: at most the whole KL.
+
+    Args:
+        parent_log_probs_MK: the parent's log probabilities of k tokens, float32.
+        ids_MK: their ids.
+        log_probs_MV: the model's log probabilities.
+    """
+    own_MK = log_probs_MV.gather(-1, ids_MK)
+    kept_M = torch.linalg.vecdot(parent_log_probs_MK.exp(), parent_log_probs_MK - own_MK)
+    rest_M, own_rest_M = (1 - log_probs.exp().sum(-1) for log_probs in (parent_log_probs_MK, own_MK))
+    tiny = torch.finfo(torch.float32).eps  # what a sum of float32 probabilities can miss of 1
+    log_ratio_M = rest_M.clamp(min=tiny).log() - own_rest_M.clamp(min=tiny).log()
+    return kept_M + rest_M.clamp(min=0) * log_ratio_M
+
+
 def token_nll(log_probs_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Return the negative log likelihood [B, T] of the target ids in nats."""
     return -log_probs_BTV.gather(-1, targets_BT.unsqueeze(-1)).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Host memory: how much is free, within the limit of the container if there is one, and buffers of it."""
+"""Memory: how much is free within the limit of a container if there is one, buffers of it, and what to do without."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+
+from layerscalpel.errors import UserError
+from layerscalpel.progress import say
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -50,6 +53,24 @@ def _room(group: Path) -> int:
             continue
         return free + sum(int(lines.get(name, 0)) for name in caches)
     return 1 << 62
+
+
+def halved(size: int, error: torch.OutOfMemoryError, what: str) -> int:
+    """Return half as many blocks for a step that ran out of memory with `size` of them, and say so.
+
+    Raises:
+        UserError: a single block does not fit.
+    """
+    error.with_traceback(None)  # its frames hold the tensors
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if size == 1:
+        raise UserError(
+            f"out of memory: {what} does not fit with a single block - shorten data.healing_block_tokens, or use"
+            " --set heal.checkpointing=true, or --set heal.frozen=cpu"
+        ) from None
+    say(f"out of memory: {what} takes {size // 2} blocks at once instead of {size} from now on")
+    return size // 2
 
 
 def host_buffer(num_bytes: int, device: torch.device) -> Tensor:

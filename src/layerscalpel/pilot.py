@@ -25,12 +25,14 @@ from layerscalpel.cut import cut_model
 from layerscalpel.data import TokenBlocks
 from layerscalpel.evaluate import Reference, evaluate, final_hidden
 from layerscalpel.exact import WindowScores
-from layerscalpel.heal import HEALERS, seam_layers
+from layerscalpel.heal import heal_model
 from layerscalpel.layers import Decoder
+from layerscalpel.objectives import asks_parent
 from layerscalpel.probe import find_layers
 from layerscalpel.progress import say
 from layerscalpel.streams import window
 from layerscalpel.task import Pilots, SearchResult, Task, raced_windows
+from layerscalpel.trained import seam_layers
 
 EQUAL_NATS = 0.01
 """Held-out losses this close count as equal."""
@@ -96,21 +98,20 @@ def heal_all(task: Task, given: Pilots, starts: list[int]) -> list[Pilot]:
 
 def _heal(task: Task, given: Pilots, start: int, text: TokenBlocks, reference: Reference) -> Pilot:
     began = time.monotonic()
-    settings = replace(given.settings, epochs=1, validations=2)
+    settings = replace(given.settings, method="endpoint", second="none", epochs=1, validations=2)
+    settings = replace(settings, frozen="device", shard=False)  # by one process, beside a parent that stays
     blocks = given.healing.first(task.settings.pilot_steps * settings.batch_size)
     child = own_seam(task, start, settings.width)
-    train = HEALERS[settings.method].train
-    assert train is not None, "a recipe that heals nothing has no pilots"
-    parent = task.decoder if settings.objective != "ce" else None
+    parent = task.decoder if asks_parent(settings) else None
     scratch = given.scratch / f"pilot-{start}"
     try:
-        healed = train(child, parent, [start], blocks, given.validation, settings, seed=task.seed, scratch=scratch)
+        healed = heal_model(child, parent, [start], blocks, given.validation, settings, seed=task.seed, scratch=scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     found = evaluate(child, text, reference, batch_size=task.settings.batch_size, label=f"pilot at {start}")
     assert found.kl_nats is not None
     assert found.top1_agreement_fraction is not None
-    loss = min(row["loss_nats"] for row in healed.validation)
+    loss = min(row["loss_nats" if "loss_nats" in row else "loss"] for row in healed.validation)
     say(f"pilot at {start}: held-out loss {loss:.3f}, KL {found.kl_nats.value:.3f} nats")
     agreement = found.top1_agreement_fraction.value
     return Pilot(start, loss, found.kl_nats.value, agreement, healed.steps, round(time.monotonic() - began, 2))

@@ -21,6 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from layerscalpel.healwords import loss_unit, objective_words, phases_of, total_loss
+
 INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
 QUIET, MARK, OTHER_MODEL = "#8a8f98", "#d2603f", "#9a6fb8"
@@ -48,8 +50,9 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "layerscalpel",
     "text.parse_math": False,
 }
+LONGEST_LABEL = 40
+"""Letters beside an axis that is as high as a figure of healing."""
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
-OBJECTIVES = {"ce": "cross-entropy", "kl": "KL to the parent", "both": "cross-entropy + KL to the parent"}
 
 
 @contextlib.contextmanager
@@ -87,21 +90,44 @@ def log_where_needed(axes: Axes, values: Sequence[float]) -> bool:
 
 
 def loss_curve(heal: dict[str, Any]) -> str:
-    """Draw the training loss as a thin line, the held-out loss as points, and the step that was kept."""
-    best = heal["best_step"]
-    train, held_out = ([(row["step"], row["loss_nats"]) for row in heal[part]] for part in ("train", "validation"))
+    """Draw the training loss as a thin line, the held-out loss as points, and the step kept, phase after phase."""
+    phases, began = phases_of(heal), 0
     with canvas(PAGE, 3.1) as figure:
         axes = figure.subplots()
-        axes.plot(*zip(*train, strict=True), color=QUIET, linewidth=0.8, label="training batches")
-        kind = {"color": MODELS["healed"], "markersize": 4, "linewidth": 1, "label": "held-out blocks"}
-        axes.plot(*zip(*held_out, strict=True), "o-", **kind)
-        axes.axvline(best, color=MARK, linewidth=1, linestyle="--", label=f"kept: step {best}")
+        for number, phase in enumerate(phases):
+            _loss_of(axes, phase, began, first=number == 0)
+            began += phase["steps"]
+            if number < len(phases) - 1:
+                axes.axvline(began, color=INK, linewidth=0.8, linestyle=":", label="second phase begins")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        objective = OBJECTIVES.get(heal["objective"], heal["objective"])
-        axes.set(xlabel="optimiser step", ylabel=f"{objective}\n(nats per labelled token)")
-        axes.set_title(f"Held-out loss was lowest at step {best}" if best else "No step lowered the held-out loss")
-        axes.legend(loc="best")
+        terms = objective_words(heal)
+        name = terms if len(terms) <= LONGEST_LABEL else "loss, all of its terms"
+        axes.set(xlabel="optimiser step", ylabel=f"{name}\n({loss_unit(heal)})")
+        axes.set_title(_loss_title(phases))
+        if len(phases) > 1:  # too much to stand beside the lines
+            figure.legend(loc="outside lower center", ncols=3)
+        else:
+            axes.legend(loc="best")
         return svg_of(figure, "loss-curve", "Loss of healing over its steps")
+
+
+def _loss_of(axes: Axes, phase: dict[str, Any], began: int, *, first: bool) -> None:
+    """Draw one phase, whose first step follows `began` others; what the first is called goes for both."""
+    train, held_out = (
+        [(began + row["step"], total_loss(row)) for row in phase[part]] for part in ("train", "validation")
+    )
+    axes.plot(*zip(*train, strict=True), color=QUIET, linewidth=0.8, label="training batches" if first else None)
+    kind = {"color": MODELS["healed"], "markersize": 4, "linewidth": 1}
+    axes.plot(*zip(*held_out, strict=True), "o-", **kind, label="held-out blocks" if first else None)
+    kept = f"kept: step {phase['best_step']}" if first else f"kept: its step {phase['best_step']}"
+    axes.axvline(began + phase["best_step"], color=MARK, linewidth=1, linestyle="--", label=kept)
+
+
+def _loss_title(phases: Sequence[dict[str, Any]]) -> str:
+    best = [phase["best_step"] for phase in phases]
+    if len(best) > 1:
+        return f"Held-out loss was lowest at step {best[0]} of the first phase, {best[1]} of the second"
+    return f"Held-out loss was lowest at step {best[0]}" if best[0] else "No step lowered the held-out loss"
 
 
 def _bars(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:

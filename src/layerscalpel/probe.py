@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerscalpel.errors import UserError, one_line
-from layerscalpel.hooks import EarlyEndError, hidden_in, leaves, split_hidden, swapped
+from layerscalpel.hooks import EarlyEndError, hidden_at, hidden_in, leaves, split_hidden, swapped
 from layerscalpel.layers import REFUSALS, Decoder, body_of, device_of, find_layer_list, refuse_shared_keys
 
 
@@ -148,3 +148,21 @@ def _arguments(decoder: Decoder, batch: int) -> dict[tuple[Any, ...], int]:
     with torch.no_grad(), swapped(decoder, dict.fromkeys(range(len(decoder)), note)):
         body_of(decoder.model)(input_ids=_probe_tokens(decoder.model, batch), use_cache=False)
     return sizes
+
+
+@torch.no_grad()
+def keeps_documents_apart(decoder: Decoder) -> bool:
+    """Tell whether position ids that begin anew keep a packed document from seeing the one before it.
+
+    Two blocks of two documents that differ in the first one alone: what leaves the second must be the same. A family
+    that knows no position ids, or makes no mask of them, as a recurrent one, does not pass.
+    """
+    half = 6
+    tokens = torch.arange(1, 1 + 2 * half, device=device_of(decoder.model))[None] % decoder.vocab_size
+    others = torch.cat([tokens[:, half:], tokens[:, half:]], dim=1)
+    positions = torch.arange(half, device=tokens.device).repeat(2)[None]
+    try:
+        one, other = (hidden_at(decoder, ids, len(decoder), positions)[:, half:].float() for ids in (tokens, others))
+    except REFUSALS:
+        return False
+    return bool((one - other).abs().max() <= 0.01 * one.std())

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from layerscalpel import layerplots, plots, searchplots
+from layerscalpel import layerplots, longplots, plots, searchplots
 from layerscalpel.card import environment, words
+from layerscalpel.longwords import compared
 from layerscalpel.summary import Results, removed_segments
 
 
@@ -34,6 +35,7 @@ def _figures(results: Results) -> dict[str, str]:
         "similarity_map": (search.get("similarity"), lambda: layerplots.similarity_map(search, runs)),
         "loss_curve": (results.get("heal"), lambda: plots.loss_curve(results["heal"])),
         "quality_bars": (results.get("evaluate"), lambda: plots.quality_bars(results["evaluate"])),
+        "ratio_by_position": (compared(results), lambda: longplots.ratio_by_position(compared(results))),
         "speed_bars": (results.get("benchmark"), lambda: plots.speed_bars(results["benchmark"])),
     }
     return {name: draw() for name, (material, draw) in drawings.items() if material}

@@ -3,23 +3,27 @@
 Each line of `run` is one stage of stages.py, done in its own folder of the run directory. A finished stage is not run
 again; models pass between stages as checkpoints, so any stage can be redone alone.
 
+Under a launcher all processes search and heal together; rank 0 alone does the rest, and writes.
+
     results = run(build_config([{"model.name": "demo"}]), "runs/demo")
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from layerscalpel import parallel, stages
+from layerscalpel.checks import check_before_loading
 from layerscalpel.errors import UserError
 from layerscalpel.progress import say, set_quiet
 from layerscalpel.rundir import RunDir, provenance, stages_until, write_json
 from layerscalpel.segment import Segment, spoken
 from layerscalpel.settings import Config
-from layerscalpel.workbench import Workbench, check_before_loading
+from layerscalpel.workbench import Workbench
 
 
 def run(config: Config, out: str | Path, *, until: str = "report", redo: str | None = None) -> dict[str, Any]:
@@ -40,52 +44,64 @@ def run(config: Config, out: str | Path, *, until: str = "report", redo: str | N
     check_before_loading(config, wanted)
     bench = Workbench(config, Path(out), wanted)
     if parallel.rank():
-        return help_search(bench)
-    folder = open_for_all(out, config, redo)
+        return help_along(bench)
+    folder = open_for_all(bench, config, redo)
     try:
-        bench.together = folder.done("search") is None
-        found = folder.stage("search", partial(stages.search, bench))
-        bench.together = False
+        found = folder.stage("search", together(bench, "search"))
         segments = [Segment(start, stop, found["parent"]["num_layers"]) for start, stop in found["segments"]]
         say(f"{'searched' if 'method' in found else 'given'}: {spoken(segments)}")
 
         steps = {
             "cut": partial(stages.cut, bench, segments),
             "stitch": partial(stages.stitch, bench, segments),
-            "heal": partial(stages.heal, bench, segments),
+            "heal": together(bench, "heal", segments),
             "evaluate": partial(stages.evaluate, bench),
             "benchmark": partial(stages.benchmark, bench, segments),
         }
         for name in [stage for stage in wanted if stage in steps]:
             folder.stage(name, steps[name])
+            if name == "heal":
+                bench.let_go()
         origin = provenance(config, folder, began) | stages.peak_memory(folder.earlier())
         write_json(folder.path / "provenance.json", origin)
         if "report" in wanted:
             folder.stage("report", partial(stages.report, bench, folder.results(), origin))
         return folder.results()
     finally:
+        bench.let_go()
         bench.close()
         folder.close()
 
 
-def open_for_all(out: str | Path, config: Config, redo: str | None) -> RunDir:
-    """Open the run directory, and tell the other processes whether there is a search to help with."""
+def open_for_all(bench: Workbench, config: Config, redo: str | None) -> RunDir:
+    """Open the run directory; if that is refused, the other processes end, too."""
     try:
-        folder = RunDir(out, config, redo=redo)
+        return RunDir(bench.path, config, redo=redo)
     except UserError:
-        parallel.first_says(False)  # else they would wait for one
+        bench.let_go()
         raise
-    parallel.first_says(folder.done("search") is None)
-    return folder
 
 
-def help_search(bench: Workbench) -> dict[str, Any]:
-    """Do this process's share of a search that rank 0 leads; it alone writes and goes on, so nothing is returned."""
+def together(bench: Workbench, name: str, *given: Any) -> Callable[[Path], dict[str, Any]]:
+    """Return a stage that begins by calling the other processes, who do it, too."""
+
+    def work(folder: Path) -> dict[str, Any]:
+        bench.call(name, *given)
+        found = getattr(stages, name)(bench, *given, folder)
+        bench.together = False
+        return found
+
+    return work
+
+
+def help_along(bench: Workbench) -> dict[str, Any]:
+    """Do this process's share of what rank 0 calls for; it alone writes and goes on, so nothing is returned."""
     set_quiet(True)
     try:
-        if parallel.first_says(None):
-            bench.together = True
-            stages.search(bench, bench.path)
+        while (call := bench.called()) is not None:
+            name, given = call
+            getattr(stages, name)(bench, *given, bench.path / name)
+            bench.together = False
     finally:
         bench.close()
     return {}

@@ -26,6 +26,7 @@ import yaml
 from layerscalpel import aside
 from layerscalpel.config import YamlLoader, to_dict
 from layerscalpel.errors import UserError
+from layerscalpel.records import sources_in
 from layerscalpel.settings import Config
 
 STAGES: dict[str, tuple[str, ...]] = {
@@ -38,7 +39,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "report": (),
 }
 """Stages in order, and the settings that each adds to what the ones before it depend on."""
-ELSEWHERE = {"model": ("device", "offload"), "search": ("device_gib", "stream_gib")}
+ELSEWHERE = {"model": ("device", "offload"), "search": ("device_gib", "stream_gib"), "heal": ("shard",)}
 """Settings that say where a run computes; another machine may go on with it."""
 
 
@@ -84,7 +85,7 @@ def fingerprints(config: Config) -> dict[str, str]:
     settings = to_dict(config)
     for section, names in ELSEWHERE.items():
         settings[section] = {key: value for key, value in settings[section].items() if key not in names}
-    inputs = [file_identity(n) for n in (config.model.name, *map(str, _sources(config)))]
+    inputs = [file_identity(n) for n in (config.model.name, *_sources(config))]
     chain, result = json.dumps(inputs), {}
     for stage, sections in STAGES.items():
         before = result["heal"] if stage == "benchmark" else chain  # it does not depend on evaluate
@@ -103,8 +104,8 @@ def _read_by_search(config: Config) -> tuple[str, ...]:
     return (("heal",) if pilots else ()) + (("benchmark",) if times else ())
 
 
-def _sources(config: Config) -> tuple[str, str, str]:
-    return config.data.calibration, config.data.healing, config.data.evaluation
+def _sources(config: Config) -> list[str]:
+    return [config.data.calibration, *(name for name, _ in sources_in(config.data.healing)), config.data.evaluation]
 
 
 class RunDir:

@@ -12,11 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SearchName = Literal["clp", "gate", "exact", "pilot", "angular", "influence", "last", "random"]
-StitchName = Literal["none", "linear"]
-HealName = Literal["endpoint", "none"]
-Objective = Literal["ce", "kl", "both"]
+StitchName = Literal["none", "scalar", "linear", "ridge", "rotation", "auto"]
+HealName = Literal["endpoint", "lora", "last", "all", "none"]
+SecondName = Literal["none", "endpoint", "lora", "all"]
+Objective = Literal["ce", "kl", "both", "seam", "end"]
+TeacherName = Literal["hidden", "topk", "online"]
+FrozenName = Literal["device", "cpu", "4bit"]
+CacheDtype = Literal["auto", "float32", "bfloat16", "float16"]
 ProofName = Literal["auto", "memory", "parts", "none"]
 OffloadName = Literal["none", "cpu", "disk"]
+AnswersName = Literal["given", "greedy", "sampled"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -73,7 +78,7 @@ class DataSettings:
     calibration: str = "c4"
     """Text that the search reads: a named source or a .jsonl[.gz] or .txt file."""
     healing: str = "alpaca"
-    """Text or instructions that heal the seam: a named source or a file."""
+    """Text or instructions that heal the seam: a named source, a file, or a mix by weight as alpaca=2,c4=1."""
     evaluation: str = "c4"
     """Held-out text that measures the result: a named source or a file."""
     block_tokens: int = bounded(256, 8)
@@ -86,6 +91,10 @@ class DataSettings:
     """At most so many healing blocks; None takes all the source has."""
     validation_fraction: float = bounded(0.05, 0.001, 0.5)
     """Share of the healing blocks kept aside to choose the best checkpoint."""
+    answers: AnswersName = "given"
+    """Who answers the prompts of healing conversations: the data, or the parent itself."""
+    answer_tokens: int = bounded(256, 1)
+    """Most tokens of an answer that the parent writes; a longer one is cut off there."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +156,9 @@ class StitchSettings:
     """Repair without training."""
 
     method: StitchName = "none"
-    """Training-free repair folded into the seam, kept only if it lowers the held-out KL."""
+    """Repair without training, folded into weights; kept only if it lowers the held-out KL; auto takes the best."""
     ridge: float = bounded(1e-2, 0.0)
-    """Ridge of the linear stitch, as a share of the mean diagonal of its Gram matrix."""
+    """Ridge of the stitches linear and ridge, as a share of the mean diagonal of their Gram matrix."""
 
 
 @dataclass(frozen=True)
@@ -159,17 +168,35 @@ class HealSettings:
     method: HealName = "endpoint"
     """What is trained; endpoint trains only the layers at the seam."""
     objective: Objective = "ce"
-    """Loss on the labelled tokens: cross-entropy, KL to the parent, or their sum."""
+    """Loss on the labelled tokens: ce (cross-entropy), kl (to the parent), both, or squared error of hidden states."""
+    kl_weight: float = bounded(1.0, 0.0)
+    """Weight of the KL in the objective `both`."""
+    seam_weight: float = bounded(0.0, 0.0)
+    """Weight of the hidden states' relative squared error after the seam, added to any objective."""
+    end_weight: float = bounded(0.0, 0.0)
+    """Weight of the hidden states' relative squared error after the last layer, added to any objective."""
     width: int = bounded(1, 1)
     """Layers trained on each side of the seam."""
+    expand: int = bounded(0, 0, 8)
+    """Train each linear layer as a product of two of so many times its rank, multiplied out at the end; 0 leaves it."""
+    lora_rank: int = bounded(8, 1)
+    """Rank of the adapters of LoRA, on all linear layers."""
+    last_layers: int = bounded(3, 1)
+    """Layers that the method `last` trains, beside the final norm and the head."""
     lr: float = bounded(5e-4, 1e-8)
     """Peak learning rate of AdamW (the paper does not state its own)."""
     epochs: int = bounded(2, 1)
     """Passes over the healing blocks."""
+    second: SecondName = "none"
+    """A second phase after the first: what it trains."""
+    second_lr: float = bounded(5e-5, 1e-8)
+    """Peak learning rate of the second phase."""
+    second_epochs: int = bounded(1, 1)
+    """Passes over the healing blocks in the second phase."""
     batch_size: int = bounded(16, 1)
     """Blocks per optimiser step."""
     micro_batch_size: int = bounded(4, 1)
-    """Blocks per forward and backward; gradients accumulate up to batch_size."""
+    """Blocks per forward and backward; gradients accumulate up to batch_size; halved when memory runs out."""
     warmup_fraction: float = bounded(0.05, 0.0, 1.0)
     """Share of the steps in which the learning rate rises linearly."""
     weight_decay: float = bounded(0.0, 0.0)
@@ -178,8 +205,24 @@ class HealSettings:
     """Gradients are scaled down to this norm."""
     validations: int = bounded(10, 1)
     """How often the held-out loss is measured; the best of these states is kept."""
+    separate_documents: bool = True
+    """Keep the documents packed into one block apart in attention, where the model allows it."""
+    teacher: TeacherName = "hidden"
+    """What is kept of the parent: its last hidden states, its top-k probabilities, or nothing (run at every step)."""
+    teacher_top_k: int = bounded(64, 1)
+    """Probabilities a token that teacher=topk keeps; the rest counts as one."""
     cache_gib: float = bounded(16.0, 0.0)
-    """Disk for the cached output of the frozen prefix; blocks past it are recomputed."""
+    """Disk for what frozen layers and the parent compute once; blocks past it are recomputed."""
+    cache_dtype: CacheDtype = "auto"
+    """Number format of the cached hidden states; auto is the one the model computes in."""
+    compile: bool = False
+    """Compile the layers that training runs through (torch.compile): slower to start, faster steps on a GPU."""
+    checkpointing: bool = False
+    """Recompute layers in the backward pass: less memory, a third more time."""
+    frozen: FrozenName = "device"
+    """Where layers not at work wait: on the device, in host memory, or there while frozen ones run in 4 bit."""
+    shard: bool = False
+    """Spread the weights of the layers at work over the processes (FSDP2); the others wait in host memory."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +233,10 @@ class EvaluateSettings:
     """Blocks per forward."""
     sample_tokens: int = bounded(64, 0)
     """New tokens of each generated sample; 0 switches samples off."""
+    context_tokens: int | None = bounded(None, 8)
+    """Length of the texts of the long-context check; None is the model's context limit, at most 4,096."""
+    long_blocks: int = bounded(4, 0)
+    """Texts of the long-context check, perplexity by position; 0 switches it off."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ results.json.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import shutil
 import sys
@@ -25,11 +26,15 @@ from layerscalpel.card import model_card
 from layerscalpel.carried import carry_files
 from layerscalpel.checkpoint import cut_checkpoint
 from layerscalpel.config import to_dict
-from layerscalpel.decoder import Loaded, num_parameters, save_decoder, weight_bytes
-from layerscalpel.heal import HEALERS
+from layerscalpel.decoder import Loaded, choose_device, num_parameters, save_decoder, weight_bytes
+from layerscalpel.heal import HealResult, heal_model
 from layerscalpel.history import forget_parent
+from layerscalpel.judge import Judge, ruined
 from layerscalpel.layers import Decoder
-from layerscalpel.origin import Origin, checkpoint_folder, peek
+from layerscalpel.losses import Measured
+from layerscalpel.objectives import asks_parent
+from layerscalpel.origin import DTYPES, Origin, checkpoint_folder, peek
+from layerscalpel.places import spares_device
 from layerscalpel.progress import say
 from layerscalpel.search import SEARCHES
 from layerscalpel.segment import Segment, seams_of
@@ -128,32 +133,72 @@ def stitch(bench: Workbench, segments: Sequence[Segment], folder: Path) -> dict[
     if bench.config.stitch.method == "none":
         return SKIPPED
     child, (segment,) = bench.child("cut"), segments
-    result = stitch_model(child, bench.decoder, segment, bench.parts.calibration, bench.config.stitch)
+    calibration, stored = bench.parts.calibration, DTYPES[bench.parent.origin.dtype]
+    result = stitch_model(child, bench.decoder, segment, calibration, bench.config.stitch, stored)
     return result | _save(child.model, bench.parent, folder / "model")
 
 
 def heal(bench: Workbench, segments: Sequence[Segment], folder: Path) -> dict[str, Any]:
-    """Train the layers at the seams and save the best state."""
-    train = HEALERS[bench.config.heal.method].train
-    if train is None:
+    """Train the layers at the seams and save the best state; of several processes that train, rank 0 saves it."""
+    if bench.config.heal.method == "none":
         return SKIPPED
-    child, parts = bench.child("stitch", "cut"), bench.parts
+    settings, parts = bench.config.heal, bench.parts
     if parts.healing is None or parts.validation is None:
         raise AssertionError("healing blocks are prepared whenever something is healed")
-    result = train(
-        child,
-        bench.decoder if bench.config.heal.objective != "ce" else None,
-        seams_of(segments),
-        parts.healing,
-        parts.validation,
-        bench.config.heal,
-        seed=bench.config.seed,
-        scratch=folder,
-    )
-    if result.best_step == 0:
-        say("healing never beat the unhealed model on the validation blocks: the unhealed weights are kept")
+    team = parallel.team() if bench.together else parallel.ALONE
+    parent, spares = bench.decoder if asks_parent(settings) else None, spares_device(settings)
+    judge = None if team.rank else bench.judge()
+    with bench.parent_aside() if spares else contextlib.nullcontext():
+        child = bench.child("stitch", "cut", in_host_memory=spares)
+        before = _before_healing(bench, judge, child) if judge else {}
+        result = heal_model(
+            child,
+            parent,
+            seams_of(segments),
+            parts.healing,
+            parts.validation,
+            settings,
+            seed=bench.config.seed,
+            scratch=folder,
+            team=team,
+            device=choose_device(bench.config.model.device),
+        )
+        bench.together = False
+        if judge is None:
+            return {}
+        verdict, child = _judged(bench, judge, result, before, child)
     summaries = {"healing": parts.healing.summary(), "validation": parts.validation.summary()}
-    return result.to_dict() | {"data": summaries} | _save(child.model, bench.parent, folder / "model")
+    found = result.to_dict() | verdict | {"data": summaries} | _save(child.model, bench.parent, folder / "model")
+    return found | ({"processes": team.size} if team.size > 1 else {})
+
+
+def _before_healing(bench: Workbench, judge: Judge, child: Decoder) -> dict[str, Measured]:
+    """Return the KL of the model that healing begins with, and of the cut one where a stitch came between."""
+    measured = {"before": judge.kl(child, "before healing")}
+    if bench.child_folder("stitch", "cut").parent.name == "stitch":
+        bare = bench.child("cut", in_host_memory=spares_device(bench.config.heal))
+        measured = {"cut": judge.kl(bare, "of the cut model"), **measured}
+    return measured
+
+
+def _judged(
+    bench: Workbench, judge: Judge, result: HealResult, before: dict[str, Measured], child: Decoder
+) -> tuple[dict[str, Any], Decoder]:
+    """Return what healing did to the KL, and the model to keep: the healed one, unless it is worse than the cut."""
+    best_steps = [phase.best_step for phase in (result, result.second) if phase]
+    after = judge.kl(child, "after healing") if any(best_steps) else before["before"]
+    unhealed = before.get("cut", before["before"])
+    measured = {name: kl.to_dict() for name, kl in (before | {"after": after}).items()}
+    verdict = {"kl_nats": {**measured, "text": bench.judged_by}, "failed": ruined(unhealed, after)}
+    if not any(best_steps):
+        say("healing never beat the unhealed model on the validation blocks: the unhealed weights are kept")
+    if not verdict["failed"]:
+        return verdict, child
+    say(
+        f"healing failed: it took the KL to the parent from {unhealed.value:.3g} to {after.value:.3g} nats per token on"
+        f" {bench.judged_by} text, so the weights it began with are kept - try another heal.lr, objective or text"
+    )
+    return verdict, bench.child("stitch", "cut", in_host_memory=spares_device(bench.config.heal))
 
 
 def evaluate(bench: Workbench, _folder: Path) -> dict[str, Any]:
@@ -163,6 +208,7 @@ def evaluate(bench: Workbench, _folder: Path) -> dict[str, Any]:
     final = quality.final_hidden(decoder, blocks.tokens, batch_size=size, label="parent", store=bench.store)
     reference = quality.Reference(decoder, final)
     measured: dict[str, Any] = {"data": {"evaluation": blocks.summary()}}
+    long = bench.long_check()
 
     def measure(name: str, model: Decoder, against: quality.Reference | None) -> None:
         hidden = final if model is decoder else None
@@ -171,13 +217,14 @@ def evaluate(bench: Workbench, _folder: Path) -> dict[str, Any]:
         written = quality.write_samples(
             model.model, bench.parent.tokenizer, num_tokens=num_tokens, label=f"samples of {name}"
         )
-        measured[name] = found.to_dict() | ({"samples": written} if written else {})
+        measured[name] = found.to_dict() | long.measure(name, model) | ({"samples": written} if written else {})
 
     measure("parent", decoder, None)
     for stage, name in (("cut", "cut"), ("stitch", "stitched"), ("heal", "healed")):
         if (bench.path / stage / "model").is_dir():
             measure(name, bench.child(stage), reference)
-    return measured
+    measured["data"] |= long.summary()
+    return measured | long.note()
 
 
 def benchmark(bench: Workbench, segments: Sequence[Segment], _folder: Path) -> dict[str, Any]:

@@ -15,8 +15,6 @@ not keep that alive.) On a CPU there is no device tier: that memory is the host'
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 import tempfile
 from collections import defaultdict
@@ -27,11 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from layerscalpel.blockfile import FULL, reserve
 from layerscalpel.errors import UserError
 from layerscalpel.memory import host_buffer
-
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""What systems answer where a file cannot grow."""
 
 
 class _Place(NamedTuple):
@@ -250,24 +246,14 @@ class _Filed(_Slots):
                 self.free_slots.clear()
                 self.file.truncate(0)
                 self.size = 0
-            self._reserve(num_bytes)
+            if num_bytes:
+                reserve(self.file.fileno(), self.size, num_bytes)
         except OSError as error:
             raise self._refusal(error, num_bytes) from error
         begin = self.size
         self.size += num_bytes
         self.peak = max(self.peak, self.size)
         return begin
-
-    def _reserve(self, num_bytes: int) -> None:
-        """Have room set aside at the end, so that a full disk is told before anything is written."""
-        if not num_bytes or not hasattr(os, "posix_fallocate"):
-            return
-        try:
-            os.posix_fallocate(self.file.fileno(), self.size, num_bytes)
-        except OSError as error:
-            if error.errno in FULL:
-                raise
-            # else a file system that cannot: there the write tells
 
     def _refusal(self, error: OSError, num_bytes: int) -> Exception:
         if error.errno not in FULL:

@@ -10,13 +10,13 @@ from layerscalpel.segment import Segment
 
 Results = dict[str, Any]
 MODELS = ("parent", "cut", "stitched", "healed", "model")
-MEASURES = ("kl_nats", "top1_agreement_fraction", "ppl")
+MEASURES = ("kl_nats", "top1_agreement_fraction", "ppl", "ppl_ratio")
 
 
 def summary_rows(results: Results) -> list[dict[str, Any]]:
-    """Return rows {model, parameters, bytes, kl_nats, top1_agreement_fraction, ppl} of the models there are.
+    """Return rows {model, parameters, bytes} and MEASURES of the models there are.
 
-    The last three are {value, se, n}, or None where they were not measured.
+    The measures are {value, se, n}, or None where they were not measured.
     """
     sizes = {"parent": "parent", "cut": "cut", "stitched": "stitch", "healed": "heal", "model": "model"}
     evaluated = results.get("evaluate", {})

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from layerscalpel.healwords import heal_line
+from layerscalpel.longwords import long_lines
 from layerscalpel.racewords import race_line
 from layerscalpel.searchwords import pilot_rows, refused_text, two_runs_text
 from layerscalpel.segment import spoken
@@ -24,11 +26,15 @@ def print_results(results: dict[str, Any], out: Path, console: Console) -> None:
     if segments := removed_segments(results):
         console.print(f"[bold]{escape(results['parent']['name'])}[/] without {escape(spoken(segments))}")
     _print_search(results, console)
+    if results.get("heal"):
+        console.print(escape(heal_line(results)), highlight=False)
     if results.get("cut", {}).get("proof", "") is None:
         console.print("the cut checkpoint was not proven (--no-verify)")
     rows = summary_rows(results)
     if rows:
         console.print(results_table(rows))
+    for line in long_lines(results):
+        console.print(escape(line), highlight=False)
     _print_speed(results.get("benchmark", {}), console)
     _print_sample(results.get("evaluate", {}), console)
     page = out / "report.html"
@@ -41,11 +47,16 @@ def print_results(results: dict[str, Any], out: Path, console: Console) -> None:
 def results_table(rows: list[dict[str, Any]]) -> Table:
     """Return the table of a run, one row a model."""
     table = Table("model", title="± is one standard error over blocks", title_style="dim", title_justify="left")
-    for title in ("parameters", "MB", "KL, nats", "top-1 agreement", "perplexity"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table.box, table.collapse_padding, table.pad_edge = box.SIMPLE_HEAD, True, False  # it fits 80 columns
+    _add_measures(table)
     for row in rows:
         table.add_row(*_cells(row))
     return table
+
+
+def _add_measures(table: Table) -> None:
+    for title in ("parameters", "MB", "KL, nats", "top-1\nagreement", "perplexity\n(over parent's)"):
+        table.add_column(title, justify="right", no_wrap=True)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -55,15 +66,19 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['bytes'] / 1e6:.0f}" if row["bytes"] else "-",
         with_error(row["kl_nats"]),
         with_error(row["top1_agreement_fraction"], percent=True),
-        with_error(row["ppl"], digits=2),
+        _perplexity(row["ppl"], row["ppl_ratio"]),
     ]
+
+
+def _perplexity(ppl: dict[str, Any] | None, ratio: dict[str, Any] | None) -> str:
+    """Return a perplexity and its ratio to the parent's, whose error is that of the difference alone, where known."""
+    return with_error(ppl, digits=2) if not ppl or not ratio else f"{ppl['value']:.2f} ({with_error(ratio, 2)})"
 
 
 def comparison_table(runs: dict[str, dict[str, Any]]) -> Table:
     """Return one row for the final model of each run, and each parent once."""
     table = Table("run", "model", "removed", "search", title="± is one standard error over blocks", title_style="dim")
-    for title in ("parameters", "MB", "KL, nats", "top-1 agreement", "perplexity"):
-        table.add_column(title, justify="right", no_wrap=True)
+    _add_measures(table)
     parents = set()
     for name, results in runs.items():
         rows = summary_rows(results)
@@ -75,7 +90,8 @@ def comparison_table(runs: dict[str, dict[str, Any]]) -> Table:
             removed = " + ".join(f"[{run.start}, {run.stop})" for run in removed_segments(results)) if own else ""
             found = results.get("search", {}).get("method", "given" if "segment" in results else "-")
             method = found if own else "-"
-            table.add_row(escape(name), row["model"], escape(removed or "-"), method, *_cells(row)[1:])
+            model = f"{row['model']} (failed)" if own and results.get("heal", {}).get("failed") else row["model"]
+            table.add_row(escape(name), model, escape(removed or "-"), method, *_cells(row)[1:])
     return table
 
 

