@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ CASES = {
     "two phases": replace(ONCE, second="all"),
 }
 SPREAD_CASES = ("both", "lora", "last", "seam alone, expanded, checkpointing", "two phases")
+ALL_CASES = (*CASES, *(f"{name}, spread" for name in SPREAD_CASES))
+FEW = ("both", "top k, host memory", "two phases", "both, spread")
+"""Cases of the default tier; the others are slow."""
 CLOSE = 1e-5
 """Of the losses: float32 sums in another order, over six steps of AdamW."""
 
@@ -137,14 +141,20 @@ def counted_fill(scratch: Path, settings: HealSettings, team: parallel.Team) -> 
     return sizes
 
 
+def of_cases(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return what this process finds with the others in some cases."""
+    team, found = parallel.team(), {}
+    for name in names:
+        settings = CASES[name.removesuffix(", spread")]
+        found[name] = healed(folder / name, replace(settings, shard=name.endswith(", spread")), team)
+    return found
+
+
 def answers(folder: Path) -> dict[str, Any]:
     """Return what this process finds with the others; the folder is shared."""
     team, rank = parallel.team(), parallel.rank()
     found: dict[str, Any] = {"team": (team.size, team.rank, team.host, team.seat, team.mates)}
-    for name, settings in CASES.items():
-        found[name] = healed(folder / name, settings, team)
-    for name in SPREAD_CASES:
-        found[f"{name}, spread"] = healed(folder / f"{name}, spread", replace(CASES[name], shard=True), team)
+    found |= of_cases(folder, FEW)
     os.environ["GROUP_RANK"] = str(rank)
     hosts = parallel.team()
     del os.environ["GROUP_RANK"]
@@ -193,9 +203,26 @@ def two(shared: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def two_of_the_rest(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    rest = tuple(name for name in ALL_CASES if name not in FEW)
+    return forked(2, of_cases, tmp_path_factory.mktemp("rest"), rest)
+
+
+@pytest.fixture
+def pair(name: str, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What two processes found in a case."""
+    return [found[name] for found in request.getfixturevalue("two" if name in FEW else "two_of_the_rest")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What one process finds in a case, with whole weights."""
     folder = tmp_path_factory.mktemp("one")
-    return {name: healed(folder / name, settings, parallel.ALONE) for name, settings in CASES.items()}
+    return functools.cache(lambda name: healed(folder / name, CASES[name], parallel.ALONE))
+
+
+def tiers(names: Iterable[str]) -> list[Any]:
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -206,34 +233,27 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(found["state"][name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_heal_as_one(name: str, alone, two) -> None:
-    assert two[0][name]["files"] == set()
-    for found in two:
-        assert_same(found[name], alone[name])
+@pytest.mark.parametrize("name", tiers(ALL_CASES))
+def test_two_processes_heal_as_one(name: str, alone, pair) -> None:
+    assert pair[0]["files"] == set()
+    for found in pair:
+        assert_same(found, alone(name.removesuffix(", spread")))
 
 
-@pytest.mark.parametrize("name", SPREAD_CASES)
-def test_weights_that_are_spread_heal_as_whole_ones(name: str, alone, two) -> None:
-    assert two[0][f"{name}, spread"]["files"] == set()
-    for found in two:
-        assert_same(found[f"{name}, spread"], alone[name])
-
-
-@pytest.mark.parametrize("name", [*CASES, *(f"{name}, spread" for name in SPREAD_CASES)])
-def test_all_processes_end_with_the_same_student(name: str, two) -> None:
-    first, second = (found[name] for found in two)
+@pytest.mark.parametrize("name", tiers(ALL_CASES))
+def test_all_processes_end_with_the_same_student(name: str, pair) -> None:
+    first, second = pair
     assert first["losses"] == second["losses"]
     assert all(torch.equal(value, second["state"][key]) for key, value in first["state"].items())
 
 
-@pytest.mark.parametrize("name", ["both", "both, spread", "last, spread", "top k, host memory"])
-def test_frozen_weights_stay_what_they_were_bit_for_bit(name: str, two) -> None:
+@pytest.mark.parametrize("name", tiers(["both", "both, spread", "last, spread", "top k, host memory"]))
+def test_frozen_weights_stay_what_they_were_bit_for_bit(name: str, pair) -> None:
     before = state_of(cut_apart())
     chosen = {"last, spread": ("model.layers.4", "model.layers.5", "model.norm", "lm_head")}
     trained = chosen.get(name, ("model.layers.2", "model.layers.3"))
-    for found in two:
-        changed = {key for key, value in found[name]["state"].items() if not torch.equal(value, before[key])}
+    for found in pair:
+        changed = {key for key, value in found["state"].items() if not torch.equal(value, before[key])}
         assert changed
         assert all(key.startswith(trained) for key in changed)
 
@@ -242,7 +262,7 @@ def test_each_host_has_its_own_file(shared: Path, two, alone) -> None:
     kept = {"frozen-training", "frozen-validation", "frozen-training-host1", "frozen-validation-host1"}
     for found in two:
         assert {name.split(".")[0] for name in found["two hosts"]} == kept | {"state"}
-    assert_same(healed(shared / "two hosts", DEFAULT, parallel.ALONE), alone["both"])
+    assert_same(healed(shared / "two hosts", DEFAULT, parallel.ALONE), alone("both"))
     assert [found["team"] for found in two] == [(2, 0, 0, 0, [0, 1]), (2, 1, 0, 1, [0, 1])]
 
 
@@ -257,7 +277,7 @@ def test_one_process_goes_on_where_two_were_interrupted(name: str, shared: Path,
     assert all("state.pt" in found[name] for found in two)
     assert not any("draft" in file for file in two[0][name])
     with patched(Training, "_batch_index", _late_only(Training._batch_index)):
-        assert_same(healed(shared / name, DEFAULT, parallel.ALONE), alone["both"])
+        assert_same(healed(shared / name, DEFAULT, parallel.ALONE), alone("both"))
 
 
 def _late_only(whole: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -271,7 +291,7 @@ def _late_only(whole: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.mark.parametrize("name", ["alone", "alone, spread"])
 def test_two_processes_go_on_where_one_was_interrupted(name: str, two, alone) -> None:
     for found in two:
-        assert_same(found[f"goes on from {name}"], alone["both"])
+        assert_same(found[f"goes on from {name}"], alone("both"))
 
 
 def test_memory_that_runs_out_for_one_makes_all_halve(two, tmp_path: Path) -> None:
@@ -323,13 +343,13 @@ def of_run(folder: Path, out: str, *more: str) -> list[str]:
     return ["run", f"{folder}/model", *where, "--no-verify", "--until", "heal", "--quiet", *more]
 
 
-def runs(folder: Path) -> dict[str, Any]:
-    """Run by the command line: from the search on, of a given segment with a stitch, spread, and with a mistake."""
+def runs(folder: Path, outs: tuple[str, ...]) -> dict[str, Any]:
+    """Run by the command line."""
     found = {}
-    for out, more in RUNS.items():
+    for out in outs:
         stderr = io.StringIO()
         with contextlib.redirect_stderr(stderr):
-            found[out] = {"code": main(of_run(folder, out, *more)), "stderr": stderr.getvalue()}
+            found[out] = {"code": main(of_run(folder, out, *RUNS[out])), "stderr": stderr.getvalue()}
     return found
 
 
@@ -339,22 +359,32 @@ RUNS = {
     "two, spread": ["--segment", "3:5", "--set", "stitch.method=linear", "--set", "heal.shard=true"],
     "never": ["--segment", "3:5", "--set", "heal.lr=1e30", "--set", "heal.warmup_fraction=0"],
 }
-"""{run directory: flags}."""
+"""{run directory: flags}: from the search on, of a given segment with a stitch, spread, and with a mistake."""
+FEW_RUNS = ("two again", "never")
+"""Those of the default tier."""
 
 
 @pytest.fixture(scope="module")
 def ran(world: Path) -> list[dict[str, Any]]:
     """What two processes say that ran by the command line."""
     write_recipe(world / "recipe.yaml", world / "texts.jsonl", search__batch_size=2, heal__batch_size=3)
-    return forked(2, runs, world)
+    return forked(2, runs, world, FEW_RUNS)
+
+
+@pytest.fixture(scope="module")
+def ran_more(world: Path, ran) -> list[dict[str, Any]]:
+    return forked(2, runs, world, tuple(out for out in RUNS if out not in FEW_RUNS))
 
 
 def results_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("out", ["two", "two again", "two, spread"])
-def test_runs_of_two_processes_find_what_one_finds(out: str, world: Path, ran) -> None:
+@pytest.mark.parametrize(
+    "out", ["two again", *(pytest.param(out, marks=pytest.mark.slow) for out in ("two", "two, spread"))]
+)
+def test_runs_of_two_processes_find_what_one_finds(out: str, world: Path, request: pytest.FixtureRequest) -> None:
+    ran = request.getfixturevalue("ran" if out in FEW_RUNS else "ran_more")
     assert [found[out]["code"] for found in ran] == [0, 0], ran
     flags = [flag.replace("shard=true", "shard=false") for flag in RUNS[out]]
     assert main(of_run(world, f"{out}, one", *flags)) == 0
@@ -379,7 +409,7 @@ def test_a_healing_that_diverges_ends_all_processes(ran) -> None:
 
 
 @pytest.mark.slow
-def test_a_launch_by_accelerate_heals(world: Path, ran) -> None:
+def test_a_launch_by_accelerate_heals(world: Path, ran_more) -> None:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--module"]
     done = subprocess.run(
         [*launcher, "layerscalpel", *of_run(world, "accelerated")],
@@ -410,6 +440,7 @@ def fails_for_one(folder: Path) -> str:
     raise AssertionError("it cannot heal alone")
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_leaves_no_other_waiting(tmp_path: Path) -> None:
     first, second = start(2, fails_for_one, tmp_path)
     for child in (first, second):
