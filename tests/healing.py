@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,28 @@ def heal(
     """Heal a cut of a tiny model on the blocks of this file."""
     parts = {"blocks": TRAIN, "validation": HELD_OUT} | blocks
     return heal_model(student, parent_of(family), [seam], **parts, settings=settings, seed=seed, scratch=scratch)
+
+
+@functools.cache
+def healed(
+    settings: HealSettings = QUICK, *, dtype: torch.dtype = torch.float32, validation: str = "held out"
+) -> tuple[HealResult, dict[str, Tensor]]:
+    """Return a healing of the cut llama that nothing disturbs, and the tensors it left; one for all that only read it.
+
+    Ask for it before a training is interrupted or spoilt.
+    """
+    student, chosen = cut_apart(dtype=dtype), {"held out": HELD_OUT, "train": TRAIN}[validation]
+    with tempfile.TemporaryDirectory() as scratch:
+        return heal(student, Path(scratch), settings, validation=chosen), state_of(student)
+
+
+def by_tier(cases: Iterable[Any], everyday: Collection[Any]) -> list[Any]:
+    """Return all cases of a parametrised test; those that are not for every day are of the slow tier."""
+    found = list(cases)
+    assert all(case in found for case in everyday)
+    assert everyday
+    slow = {case: () if case in everyday else (pytest.mark.slow,) for case in found}
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=slow[case]) for case in found]
 
 
 def state_of(decoder: Decoder) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,23 @@ from layerscalpel.segment import Segment
 from layerscalpel.shards import read_weights
 
 SEGMENT = Segment(2, 5, 8)
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     """The fresh process takes seconds and has tests of its own."""
     monkeypatch.setattr(checkpoint, "Witness", SameProcess)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A folder with a parent and its cut `out`, read by tests and changed by none."""
+    folder = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "Witness", SameProcess)
+        cut(written(folder), folder / "out")
+    return folder
 
 
 def written(folder: Path, family: str = "llama", **changes: object) -> Path:
@@ -67,7 +79,7 @@ def refused(tmp_path: Path, said: str, *given: Any, **settings: Any) -> None:
 # ---------------------------------------------------------------------------------------------- what is written
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", slow("qwen2_moe")])
 def test_a_cut_is_proven_in_all_parts_where_it_fits_in_memory(family, tmp_path):
     found = cut(written(tmp_path, family), tmp_path / "out")
     assert found["proof"]["kind"] == "fresh process"
@@ -83,7 +95,7 @@ def test_a_cut_is_proven_in_all_parts_where_it_fits_in_memory(family, tmp_path):
     assert json.loads(json.dumps(found, allow_nan=False))["proof"]["logits"]["tokens"] == [2, 24]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2_moe", "lfm2"])
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen2_moe", slow("llama"), slow("lfm2")])
 def test_a_cut_is_proven_in_three_parts_with_its_weights_on_disk(family, tmp_path):
     found = cut(written(tmp_path, family), tmp_path / "out", proof="parts")
     assert found["proof"]["kind"] == "three parts"
@@ -127,10 +139,9 @@ def test_everything_travels_with_the_checkpoint(tmp_path):
     assert names(tmp_path / "out") == sorted({*names(source), "layerscalpel.json"})
 
 
-def test_a_checkpoint_without_a_tokenizer_is_cut(tmp_path):
-    cut(written(tmp_path), tmp_path / "out")
-    assert not [name for name in names(tmp_path / "out") if "token" in name]
-    assert load_decoder(str(tmp_path / "out")).tokenizer is None
+def test_a_checkpoint_without_a_tokenizer_is_cut(plain):
+    assert not [name for name in names(plain / "out") if "token" in name]
+    assert load_decoder(str(plain / "out")).tokenizer is None
 
 
 def test_a_loaded_parent_is_not_loaded_again(tmp_path, monkeypatch):
@@ -171,10 +182,10 @@ def test_a_parent_is_named_as_it_can_be_found_again(tmp_path, monkeypatch):
         parent_of(source)
 
 
-def test_no_path_of_this_machine_is_written(tmp_path):
-    cut(written(tmp_path), tmp_path / "out")
-    for path in (tmp_path / "out").iterdir():
-        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+def test_no_path_of_this_machine_is_written(plain):
+    assert names(plain / "out")
+    for path in (plain / "out").iterdir():
+        assert str(plain).encode() not in path.read_bytes(), path.name
 
 
 def test_weights_under_another_name_are_refused(tmp_path):
@@ -358,27 +369,41 @@ def test_a_copy_that_went_wrong_leaves_nothing(tmp_path, monkeypatch):
     refused(tmp_path, r"1 tensors of .* are not those of the parent \(model\.layers\.3\.mlp\.up_proj\.weight\)")
 
 
+OTHER_CONFIGS = [
+    ({"num_hidden_layers": 6}, r"the files hold model\.layers\.6 beyond the 6 layers"),
+    ({"num_hidden_layers": 9}, r"model .* lacks 9 tensors of the right shape \(model\.layers\.8\.\w+"),
+    ({"intermediate_size": 64}, r"model .* lacks 24 tensors of the right shape \(model\.layers\.0\.mlp\.down_proj"),
+    ({"vocab_size": 101}, r"model .* lacks 2 tensors of the right shape \(lm_head\.weight, model\.embed_tokens"),
+]
+
+
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "said", "proof"),
     [
-        ({"num_hidden_layers": 6}, r"the files hold model\.layers\.6 beyond the 6 layers"),
-        ({"num_hidden_layers": 9}, r"model .* lacks 9 tensors of the right shape \(model\.layers\.8\.\w+"),
-        ({"intermediate_size": 64}, r"model .* lacks 24 tensors of the right shape \(model\.layers\.0\.mlp\.down_proj"),
-        ({"vocab_size": 101}, r"model .* lacks 2 tensors of the right shape \(lm_head\.weight, model\.embed_tokens"),
+        (slow if i % 2 == (proof == "auto") else pytest.param)(*other, proof)
+        for i, other in enumerate(OTHER_CONFIGS)
+        for proof in ("auto", "none")
     ],
 )
-@pytest.mark.parametrize("proof", ["auto", "none"])
 def test_files_of_another_config_are_refused(changes, said, proof, tmp_path):
     edit_json(written(tmp_path) / "config.json", **changes)
     segment = Segment(2, 4, changes.get("num_hidden_layers", 8))
     refused(tmp_path, said, tmp_path / "parent", tmp_path / "out", segment, proof=proof)
 
 
-SETTINGS = pytest.mark.parametrize("settings", [{}, {"proof": "parts", "minutes": 0}, {"proof": "none"}])
+SETTINGS = [{}, {"proof": "parts", "minutes": 0}, {"proof": "none"}]
 
 
-@SETTINGS
-@pytest.mark.parametrize("shape", [(32, 24, 2), (48, 32), (16, 48), (1536,)])
+def with_settings(cases: list[tuple]) -> list:
+    """Combine every case with all settings; the default tier has each case, and each of the settings, at least once."""
+    return [
+        (pytest.param if j == i % len(SETTINGS) else slow)(*case, settings)
+        for i, case in enumerate(cases)
+        for j, settings in enumerate(SETTINGS)
+    ]
+
+
+@pytest.mark.parametrize(("shape", "settings"), with_settings([((32, 24, 2),), ((48, 32),), ((1536,),), ((16, 48),)]))
 def test_a_tensor_of_another_shape_is_refused(shape, settings, tmp_path):
     """Whatever the proof: transformers would fill in random numbers."""
     name, count = "model.layers.6.mlp.down_proj.weight", torch.Size(shape).numel()
@@ -386,18 +411,19 @@ def test_a_tensor_of_another_shape_is_refused(shape, settings, tmp_path):
     refused(tmp_path, rf"model .* lacks 1 tensors of the right shape \({name}\) - fetch it again", **settings)
 
 
-@SETTINGS
 @pytest.mark.parametrize(
-    ("family", "name", "said"),
-    [
-        (
-            "llama",
-            "model.layers.6.mlp.up_proj.weight",
-            r"lacks 1 tensors of the right shape \(model\.layers\.6\.mlp",
-        ),
-        ("gemma3_text", "model.norm.weight", r"lacks 1 tensors of the right shape \(model\.norm\.weight\)"),
-        ("qwen3_moe", "model.layers.6.mlp.experts.2.up_proj.weight", "cannot be loaded: its tensors cannot be put"),
-    ],
+    ("family", "name", "said", "settings"),
+    with_settings(
+        [
+            (
+                "llama",
+                "model.layers.6.mlp.up_proj.weight",
+                r"lacks 1 tensors of the right shape \(model\.layers\.6\.mlp",
+            ),
+            ("gemma3_text", "model.norm.weight", r"lacks 1 tensors of the right shape \(model\.norm\.weight\)"),
+            ("qwen3_moe", "model.layers.6.mlp.experts.2.up_proj.weight", "cannot be loaded: its tensors cannot be put"),
+        ]
+    ),
 )
 def test_a_tensor_that_is_not_there_is_refused(family, name, said, settings, tmp_path):
     edit_weights(written(tmp_path, family), lambda stored: stored.pop(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,21 @@ from layerscalpel.shards import Weights, digest, read_weights
 PLAIN = ["llama", "qwen2", "qwen3", "gemma3_text", "gpt2", "bloom", "opt", "gemma2"]
 TYPED = ["olmo3", "cohere2", "exaone4", "gpt_oss", "gpt_neo", "llama4_text"]
 RULED = ["smollm3", "lfm2", "bamba", "qwen3_moe", "qwen2_moe", "deepseek_v3", "glm4_moe"]
+ALL = PLAIN + TYPED + RULED
+EVERYWHERE = ("llama", "gemma3_text", "bamba", "deepseek_v3")
+"""Cut at all places in the default tier; of the others one each, in turn."""
+slow = partial(pytest.param, marks=pytest.mark.slow)
 BOUNDS = [(0, 2), (2, 5), (6, 8)]
 cases = pytest.mark.parametrize(
     ("family", "bounds"),
     [
-        *[(family, bounds) for family in PLAIN + TYPED + RULED for bounds in BOUNDS],
-        *[("llama", bounds) for bounds in [(0, 1), (3, 4), (7, 8), (2, 6), (0, 6), (2, 8)]],
+        *[
+            (pytest.param if family in EVERYWHERE or j == i % 3 else slow)(family, bounds)
+            for i, family in enumerate(ALL)
+            for j, bounds in enumerate(BOUNDS)
+        ],
+        *[("llama", bounds) for bounds in [(0, 1), (7, 8), (0, 6), (2, 8)]],
+        *[slow("llama", bounds) for bounds in [(3, 4), (2, 6)]],
         *[("jamba", bounds) for bounds in [(0, 2), (1, 5), (6, 8)]],
         *[("recurrent_gemma", bounds) for bounds in [(0, 1), (2, 5)]],
         ("minicpm3", (6, 8)),
@@ -81,7 +91,7 @@ def test_a_cut_computes_what_the_parent_does_without_the_segment(family, bounds)
     assert all(torch.equal(tensor, stored[name]) for name, tensor in decoder.model.state_dict().items())
 
 
-@pytest.mark.parametrize("family", PLAIN + TYPED + RULED)
+@pytest.mark.parametrize("family", ALL)
 def test_a_cut_shares_every_tensor_with_its_parent(family):
     decoder, cut = decoder_of(family), cut_of(family, 2, 5)
     layers = cut.get_submodule(decoder.path)
@@ -92,9 +102,9 @@ def test_a_cut_shares_every_tensor_with_its_parent(family):
     assert {tensor.data_ptr() for tensor in cut.state_dict().values()} <= theirs
 
 
-@pytest.mark.parametrize("family", PLAIN + TYPED + RULED)
+@pytest.mark.parametrize("family", [(slow if i % 2 else pytest.param)(family) for i, family in enumerate(ALL)])
 def test_a_cut_saves_loads_and_generates(family, tmp_path):
-    """With a cache, too: every layer must know its new number."""
+    """With a cache, too: every layer must know its new number. The default tier proves the others in test_proof.py."""
     cut = cut_of(family, 2, 5)
     loaded = load_decoder(str(save_decoder(cut, None, tmp_path / "m"))).model
     assert torch.equal(logits(loaded), logits(cut))
@@ -204,15 +214,15 @@ def digests_of(folder: Path) -> dict[str, str]:
     return {name: digest(tensor) for name, tensor in read_weights(folder).tensors.items()}
 
 
-@pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])
+FILED = [*PLAIN, "gpt_oss", "llama4_text", "lfm2", "bamba", "qwen2_moe", "deepseek_v3", "jamba"]
+
+
 @pytest.mark.parametrize(
-    ("family", "bounds"),
+    ("family", "bounds", "max_shard_size"),
     [
-        *[
-            (family, (2, 5))
-            for family in [*PLAIN, "gpt_oss", "llama4_text", "lfm2", "bamba", "qwen2_moe", "deepseek_v3"]
-        ],
-        ("jamba", (0, 2)),
+        (pytest.param if j == i % 2 else slow)(family, (0, 2) if family == "jamba" else (2, 5), size)
+        for i, family in enumerate(FILED)
+        for j, size in enumerate(["5GB", "40KB"])
     ],
 )
 def test_files_are_cut_as_the_model_in_memory(family, bounds, max_shard_size, tmp_path):

@@ -6,13 +6,14 @@ import contextlib
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import tiny, tokens
+from healing import by_tier
 from planted import changed_layers, mean_kl
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -55,6 +56,14 @@ SCALES = (*LAST, "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen3_moe", "gpt_
 EXPERTS = ("mixtral", "qwen3_moe", "glm4_moe", "gpt_oss", "flex_olmo")
 NOT_STATED = ("mixtral", "flex_olmo", "nanochat")
 """Families that tests/families.py does not make."""
+
+
+ALIKE = ("mistral", "qwen3", "mixtral")
+"""Families whose layers write and read as those of another one here do (llama, qwen3_moe); for the slow tier."""
+
+
+def families(names: Iterable[str], slow: tuple[str, ...] = ALIKE) -> Any:
+    return pytest.mark.parametrize("family", by_tier(names, everyday=[name for name in names if name not in slow]))
 
 
 def decoder_of(family: str) -> Decoder:
@@ -109,14 +118,14 @@ def assert_folds(family: str, repair: Repair, by_hand: contextlib.AbstractContex
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("family", SCALES)
+@families(SCALES)
 def test_folded_scale_equals_the_inserted_one(family: str) -> None:
     decoder, _ = prepared(family)
     by_hand = changed_layers(decoder.layers, {START - 1: lambda _given, output: 1.7 * output})
     assert_folds(family, Repair(alpha=1.7), by_hand)
 
 
-@pytest.mark.parametrize("family", ROTATES)
+@families(ROTATES)
 def test_folded_rotation_equals_the_inserted_one(family: str) -> None:
     decoder, _ = prepared(family)
     turn = random_turn(decoder.hidden_size)
@@ -124,7 +133,7 @@ def test_folded_rotation_equals_the_inserted_one(family: str) -> None:
     assert_folds(family, Repair(0.6, turn), changed_layers(decoder.layers, {START - 1: change}))
 
 
-@pytest.mark.parametrize("family", LAST)
+@families(LAST, slow=(*ALIKE, "qwen2", "phi3"))
 def test_folded_map_equals_the_inserted_one(family: str) -> None:
     decoder, _ = prepared(family)
     change = 0.1 * random_matrix(decoder.hidden_size, decoder.hidden_size)
@@ -133,7 +142,7 @@ def test_folded_map_equals_the_inserted_one(family: str) -> None:
     assert_folds(family, Repair(outputs_DD=change), by_hand)
 
 
-@pytest.mark.parametrize("family", LAST)
+@families(LAST, slow=(*ALIKE, "qwen2", "phi3"))
 def test_folded_refit_equals_the_inserted_one(family: str) -> None:
     decoder, _ = prepared(family)
     module: Any = decoder.layers[START - 1].get_submodule(LAST[family])
@@ -212,6 +221,7 @@ def test_multiplied_projection_is_found_with_its_factor() -> None:
     assert prepared("granite")[1].factor == pytest.approx(0.5)
 
 
+@functools.cache
 def refusals(family: str, start: int = START) -> dict[str, str]:
     return rehearse(decoder_of(family), start, CANDIDATES)[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 from io import StringIO
@@ -26,6 +27,11 @@ def page_of(results: dict[str, Any]) -> str:
     return render_report(results, {}, PROVENANCE)
 
 
+@functools.cache
+def two_phase_page() -> str:
+    return page_of(two_phase_results())
+
+
 def printed(results: dict[str, Any], folder: Path) -> str:
     console = Console(file=StringIO(), width=400)
     print_results(results, folder, console)
@@ -34,7 +40,7 @@ def printed(results: dict[str, Any], folder: Path) -> str:
 
 def test_two_phases_are_told_one_by_one() -> None:
     results = two_phase_results()
-    for text in (text_of(page_of(results)), model_card(results, {}, PROVENANCE).replace("`", "")):
+    for text in (text_of(two_phase_page()), model_card(results, {}, PROVENANCE).replace("`", "")):
         assert "7,080,192 parameters in layers 12..13 of the cut model (linear layers as products of 2 times" in text
         assert "1,953,792 parameters in layers 0..23 of the cut model were trained (lora, objective both:" in text
         assert "cross-entropy + 0.5 x KL to the parent + 0.1 x hidden-state error after the seam" in text
@@ -43,7 +49,7 @@ def test_two_phases_are_told_one_by_one() -> None:
 
 
 def test_the_page_shows_terms_and_what_was_kept_and_ran_short() -> None:
-    page = page_of(two_phase_results())
+    page = two_phase_page()
     text = text_of(page)
     assert "First phase." in text
     assert "1 KL to the parent 0.5 1.08 nats 0.7636 nats" in text
@@ -86,11 +92,12 @@ def test_a_failed_healing_is_said_on_every_page(tmp_path: Path) -> None:
         "Healing failed: it took the KL to the parent from 0.714 ± 0.019 to 0.90 ± 0.02 nats per token on calibration"
     )
     assert warnings(results)[0].startswith(said)
-    assert said in text_of(page_of(results))
+    page = page_of(results)
+    assert said in text_of(page)
     assert said in model_card(results, {}, PROVENANCE)
     assert said in printed(results, tmp_path)
-    assert "These weights are not kept" in text_of(page_of(results))
-    assert 'class="trained"' not in page_of(results)
+    assert "These weights are not kept" in text_of(page)
+    assert 'class="trained"' not in page
     table = Console(file=StringIO(), width=300)
     table.print(comparison_table({"one": results, "two": full_results()}))
     assert table.file.getvalue().count("healed (failed)") == 1  # type: ignore[attr-defined]

@@ -118,6 +118,7 @@ def test_steps_that_never_helped_are_not_measured_again(cut: Path, world: Path) 
     assert same_weights(cut)
 
 
+@pytest.mark.slow
 def test_after_a_divergence_the_same_words_come_again_and_another_rate_heals(cut: Path, world: Path, capsys) -> None:
     told = []
     for _ in range(2):

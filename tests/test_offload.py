@@ -36,8 +36,10 @@ from layerscalpel.reader import FORMATS, Part, Reader
 from layerscalpel.shards import read_weights
 
 CPU = torch.device("cpu")
+slow = partial(pytest.param, marks=pytest.mark.slow)
 FAMILIES = ["llama", "qwen2", "gemma3_text", "gpt2", "qwen3_moe", "deepseek_v3", "bamba"]
 """Untied, with biases, tied, transposed and tied, experts, buffers in the files, a state space between attention."""
+SLOW_FAMILIES = ("qwen2", "deepseek_v3")
 SHARDED = "40KB"
 """Makes several files of a tiny model."""
 
@@ -94,8 +96,12 @@ def present(decoder: Decoder) -> list[int]:
 @pytest.mark.parametrize(
     ("family", "stored", "dtype"),
     [
-        *((family, "float32", "float32") for family in FAMILIES),
-        *((family, "bfloat16", dtype) for family in ("gpt2", "qwen3_moe") for dtype in ("float32", "bfloat16")),
+        *((family, "float32", "float32") for family in FAMILIES if family not in SLOW_FAMILIES),
+        *(slow(family, "float32", "float32") for family in SLOW_FAMILIES),
+        ("gpt2", "bfloat16", "bfloat16"),
+        ("qwen3_moe", "bfloat16", "float32"),
+        slow("gpt2", "bfloat16", "float32"),
+        slow("qwen3_moe", "bfloat16", "bfloat16"),
     ],
 )
 def test_layers_one_by_one_compute_what_the_whole_model_computes(tmp_path, family, stored, dtype):
@@ -233,8 +239,17 @@ def test_bytes_per_pass_are_those_of_the_layers(sharded):
     assert feed_of(offloaded(sharded)).num_bytes == sum(t.num_bytes for name, t in stored if ".layers." in name)
 
 
-@pytest.mark.parametrize("how", ["closed", "dropped", "left open"])
-@pytest.mark.parametrize("keep", ["cpu", "disk"])
+@pytest.mark.parametrize(
+    ("keep", "how"),
+    [
+        ("cpu", "closed"),
+        ("disk", "dropped"),
+        ("cpu", "left open"),
+        ("disk", "left open"),
+        slow("disk", "closed"),
+        slow("cpu", "dropped"),
+    ],
+)
 def test_a_pass_may_be_abandoned(sharded, monkeypatch, how, keep):
     decoder = offloaded(sharded, keep=keep)
     live = count_buffers(monkeypatch)
@@ -317,6 +332,7 @@ def write_large(folder: Path, num_layers: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_pass_takes_a_fraction_of_the_memory_of_the_weights(tmp_path):
     """Of 28 layers two as they are stored and one in float32 are a seventh; the rest is what else a process takes."""
     command = [sys.executable, "-c", MEASURE, str(write_large(tmp_path, 28))]

@@ -140,7 +140,7 @@ def two(small: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str,
     return found_by(2, tmp_path_factory.mktemp("two"), small)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two or four processes found."""
     return request.getfixturevalue("two") if request.param == 2 else forked(4, tmp_path_factory.mktemp("four"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from layerscalpel.quiet import quiet_transformers
 from layerscalpel.segment import Segment
 from layerscalpel.shards import Weights, read_weights
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 SEGMENT = Segment(2, 5, 8)
 SAME = SameProcess()
 PLAIN = ["llama", "qwen2", "qwen3", "gemma3_text", "gpt2", "bloom", "opt", "gemma2"]
@@ -55,8 +57,11 @@ def refuse(folder: Path, expected: Expected, said: str) -> None:
 # ---------------------------------------------------------------------------------------------- what passes
 
 
-@pytest.mark.parametrize("family", PLAIN + TYPED + RULED)
+@pytest.mark.parametrize(
+    "family", [(pytest.param if i % 2 else slow)(family) for i, family in enumerate(PLAIN + TYPED + RULED)]
+)
 def test_a_cut_passes_its_proof(family, tmp_path):
+    """The default tier loads and compares the others in test_cut.py."""
     found = prove_logits(SAME, save_cut(tmp_path, family), expected_of(family))
     assert found.logits_equal
     assert found.generation_equal
@@ -224,7 +229,15 @@ def cut_both_ways(tmp_path: Path, family: str, segment: Segment, *, slices: bool
 LAYER_TYPES = ["qwen2", "gemma2", "gemma3_text", "olmo3", "cohere2", "exaone4", "gpt_oss"]
 
 
-@pytest.mark.parametrize("family", [*LAYER_TYPES, "smollm3", "llama4_text", "lfm2"])
+ALWAYS_TYPED = ["qwen2", "gemma3_text", "gpt_oss"]
+"""Of those with layer types: the default tier's."""
+
+
+def typed(*more: object) -> list:
+    return [(pytest.param if family in ALWAYS_TYPED else slow)(family, *more) for family in LAYER_TYPES]
+
+
+@pytest.mark.parametrize("family", [*typed(), "smollm3", "llama4_text", "lfm2"])
 def test_the_count_alone_is_not_enough(family, tmp_path):
     folder = cut_both_ways(tmp_path, family, SEGMENT, slices=False)
     with pytest.raises(UserError, match=r"does not load in a fresh process|failed its proof"):
@@ -234,7 +247,7 @@ def test_the_count_alone_is_not_enough(family, tmp_path):
 @pytest.mark.parametrize(
     ("family", "bounds"),
     [
-        *[(family, (2, 5)) for family in LAYER_TYPES],
+        *typed((2, 5)),
         ("smollm3", (2, 5)),
         ("llama4_text", (2, 5)),
         ("gpt_neo", (1, 2)),
@@ -243,10 +256,10 @@ def test_the_count_alone_is_not_enough(family, tmp_path):
         ("qwen3_moe", (1, 3)),
         ("qwen2_moe", (2, 5)),
         ("deepseek_v3", (1, 2)),
-        ("glm4_moe", (0, 3)),
+        slow("glm4_moe", (0, 3)),
         ("jamba", (0, 2)),
         ("recurrent_gemma", (0, 1)),
-        ("minicpm3", (6, 8)),
+        slow("minicpm3", (6, 8)),
     ],
 )
 def test_shortening_the_lists_from_the_front_is_not_enough(family, bounds, tmp_path):
@@ -356,7 +369,7 @@ def unseen(copy: Weights, name: str, expected: Expected) -> bool:
 # ---------------------------------------------------------------------------------------------- the twin
 
 
-@pytest.mark.parametrize(("family", "bounds"), [("gemma3_text", (2, 5)), ("qwen2_moe", (2, 5)), ("bamba", (2, 5))])
+@pytest.mark.parametrize(("family", "bounds"), [("gemma3_text", (2, 5)), ("bamba", (2, 5)), slow("qwen2_moe", (2, 5))])
 def test_a_twin_is_proven_through_its_files(family, bounds):
     found = prove_twin(SAME, tiny(family), Segment(*bounds, 8))
     assert found.logits_equal

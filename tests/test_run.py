@@ -30,6 +30,14 @@ def finished(world: Path) -> Path:
     return world / "finished"
 
 
+@pytest.fixture(scope="module")
+def last_layers(world: Path) -> Path:
+    """A run of another search, evaluated without long texts; read by tests and changed by none."""
+    off = ["--set", "evaluate.long_blocks=0", "--search", "last", "--until", "evaluate"]
+    assert scalpel(world, "run", "last", *off) == 0
+    return world / "last"
+
+
 def scalpel(world: Path, command: str, out: str, *more: str, verify: bool = False) -> int:
     """Run a command; only where `verify` is on is the cut proven, which takes a fresh process."""
     shared = ["--recipe", str(world / "recipe.yaml"), "--out", str(world / out), "--quiet", *more]
@@ -81,10 +89,8 @@ def test_a_long_text_past_the_context_is_refused_before_anything_is_read(world: 
     assert "129 tokens are longer than the model's context of 128 - lower evaluate.context" in capsys.readouterr().err
 
 
-def test_the_long_check_changes_no_other_text(finished: Path, world: Path) -> None:
-    off = ["--set", "evaluate.long_blocks=0", "--search", "last", "--until", "evaluate"]
-    assert scalpel(world, "run", "no-long", *off) == 0
-    results = results_of(world / "no-long")
+def test_the_long_check_changes_no_other_text(finished: Path, last_layers: Path) -> None:
+    results = results_of(last_layers)
     assert "by_position" not in results["evaluate"]["healed"]
     assert "long" not in results["data"]
     hashes = {part: found["sha256"] for part, found in results_of(finished)["data"].items() if part != "long"}
@@ -214,10 +220,9 @@ def test_an_unproven_cut_is_not_taken_for_a_proven_one(world: Path, capsys) -> N
     assert "cut.proof: none -> auto" in capsys.readouterr().err
 
 
-def test_evaluation_text_does_not_depend_on_the_search(world: Path) -> None:
-    assert scalpel(world, "run", "few", "--until", "evaluate", "--search", "last") == 0
+def test_evaluation_text_does_not_depend_on_the_search(world: Path, last_layers: Path) -> None:
     assert scalpel(world, "run", "many", "--until", "evaluate", "--set", "search.gate_blocks=20") == 0
-    texts = {results_of(world / name)["data"]["evaluation"]["sha256"] for name in ("few", "many")}
+    texts = {results_of(folder)["data"]["evaluation"]["sha256"] for folder in (last_layers, world / "many")}
     assert len(texts) == 1
 
 

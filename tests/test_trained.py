@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from families import TOKENS, VOCAB, tiny
-from healing import QUICK, TRAIN, changed_in, cut_apart, heal, logits_of, parent_of, state_of, total
+from healing import QUICK, TRAIN, by_tier, changed_in, cut_apart, heal, logits_of, parent_of, state_of, total
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
@@ -54,8 +55,18 @@ def named_by(method: HealName, student: Decoder) -> set[str]:
     return found | (after_the_layers(student) if method == "last" else set())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "family"),
+    by_tier(
+        product(METHODS, FAMILIES),
+        everyday=[
+            *(("endpoint", family) for family in ("gemma3_text", "qwen3_moe")),
+            *(("lora", family) for family in ("gpt2", "bloom", "qwen3_moe")),
+            *(("last", family) for family in ("llama", "bloom")),
+            *(("all", family) for family in ("llama", "gpt2")),
+        ],
+    ),
+)
 def test_a_method_changes_what_it_names_learns_and_leaves_a_plain_model(
     method: HealName, family: str, tmp_path: Path
 ) -> None:
@@ -194,9 +205,21 @@ def test_more_last_layers_than_there_are_is_said(capsys: pytest.CaptureFixture[s
     assert "heal.last_layers=9, but there are 6 layers: all are trained" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "times", "dtype"),
+    by_tier(
+        product(FAMILIES, [1, 2], [torch.float32, torch.bfloat16]),
+        everyday=[
+            ("llama", 1, torch.float32),
+            ("llama", 2, torch.bfloat16),
+            ("gemma3_text", 2, torch.float32),
+            ("gpt2", 1, torch.bfloat16),
+            ("gpt2", 2, torch.float32),
+            ("bloom", 2, torch.bfloat16),
+            ("qwen3_moe", 1, torch.float32),
+        ],
+    ),
+)
 def test_expanded_layers_compute_what_they_did_and_are_multiplied_out_exactly(
     family: str, times: int, dtype: torch.dtype
 ) -> None:
@@ -251,8 +274,13 @@ def test_shared_weights_stay_shared_and_are_not_expanded(capsys: pytest.CaptureF
     assert "2 linear layers share their weight, which heal.expand leaves as it is" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["endpoint", "all", "last"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("method", "family"),
+    by_tier(
+        product(["endpoint", "all", "last"], ["llama", "gpt2"]),
+        everyday=[("endpoint", "llama"), ("all", "gpt2"), ("last", "llama")],
+    ),
+)
 def test_expanded_healing_learns_and_leaves_a_plain_model(method: HealName, family: str, tmp_path: Path) -> None:
     student = cut_apart(family, CHILD)
     before = state_of(student)
@@ -267,7 +295,7 @@ def test_expanded_healing_learns_and_leaves_a_plain_model(method: HealName, fami
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_healed_model_writes_as_before(family: str, tmp_path: Path) -> None:
     student = cut_apart(family, CHILD)
-    heal(student, tmp_path, replace(QUICK, method="lora"), family=family, seam=4)
+    heal(student, tmp_path, replace(QUICK, method="lora", epochs=1, validations=1), family=family, seam=4)
     asked = torch.tensor([[5, 6, 7]])
     written = student.model.generate(asked, max_new_tokens=4, do_sample=False, pad_token_id=TOKENS["pad_token_id"])
     ids = asked

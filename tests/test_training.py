@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from healing import (
     QUICK,
     TRAIN,
     after_step,
+    by_tier,
+    changed_in,
     cut_apart,
     heal,
+    healed,
     interrupt,
     losses_of,
     state_of,
@@ -37,19 +41,23 @@ OBJECTIVES: tuple[Objective, ...] = ("ce", "kl", "both")
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_micro_batches_do_not_change_the_losses(objective: Objective, tmp_path: Path) -> None:
-    settings = replace(QUICK, objective=objective, batch_size=4)
+    settings = replace(QUICK, objective=objective, batch_size=4, epochs=1, validations=1)
     results = [heal(cut_apart(), tmp_path, replace(settings, micro_batch_size=size)) for size in (1, 3, 4)]
-    for result in results[1:]:  # float32 sums in another order, over six Adam steps
+    for result in results[1:]:  # float32 sums in another order, over two Adam steps
         assert losses_of(result) == pytest.approx(losses_of(results[0]), rel=1e-4)
 
 
-@pytest.mark.parametrize("broken_at", [0, 1, 3, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("broken_at", "dtype"),
+    by_tier(
+        product([0, 1, 3, 5], [torch.float32, torch.bfloat16]),
+        everyday=[(0, torch.float32), (1, torch.bfloat16), (3, torch.bfloat16), (5, torch.float32)],
+    ),
+)
 def test_resumed_training_equals_an_unbroken_one(
     broken_at: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unbroken, resumed = cut_apart(dtype=dtype), cut_apart(dtype=dtype)
-    expected = heal(unbroken, tmp_path / "unbroken")
+    resumed, (expected, state) = cut_apart(dtype=dtype), healed(dtype=dtype)
     interrupt(monkeypatch, broken_at)
     with pytest.raises(KeyboardInterrupt):
         heal(cut_apart(dtype=dtype), tmp_path / "resumed")
@@ -57,11 +65,16 @@ def test_resumed_training_equals_an_unbroken_one(
     assert (tmp_path / "resumed" / "state.pt").exists() == (broken_at > 1)  # validated after steps 2, 4 and 6
     assert (tmp_path / "resumed" / "frozen-training.json").exists()
     assert heal(resumed, tmp_path / "resumed") == expected
-    for name, value in unbroken.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], value)
+    assert changed_in(resumed, state) == set()
 
 
-@pytest.mark.parametrize(("method", "expand"), [("lora", 0), ("last", 0), ("last", 1), ("all", 0), ("all", 1)])
+@pytest.mark.parametrize(
+    ("method", "expand"),
+    by_tier(
+        [("lora", 0), ("last", 0), ("last", 1), ("all", 0), ("all", 1)],
+        everyday=[("lora", 0), ("last", 0), ("all", 1)],
+    ),
+)
 def test_every_method_resumes_bit_for_bit(
     method: HealName, expand: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +96,7 @@ def test_an_interruption_while_frozen_layers_are_computed_goes_on(
     turn: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = replace(QUICK, objective="kl")
-    expected = heal(cut_apart(), tmp_path / "unbroken", settings)
+    expected, _ = healed(settings)
     compute, turns = Frozen._computed, iter(range(1 << 20))
 
     def interrupted(self: Frozen, *rest: Any) -> Any:
@@ -98,7 +111,7 @@ def test_an_interruption_while_frozen_layers_are_computed_goes_on(
     kept = tmp_path / ("frozen-training.json" if turn > 1 else "frozen-validation.json")  # two turns each
     assert json.loads(kept.read_text(encoding="utf-8"))["filled"] == (2 if turn % 2 else 0)
     assert heal(cut_apart(), tmp_path, settings) == expected
-    assert {path.name for path in tmp_path.iterdir()} == {"unbroken"}
+    assert list(tmp_path.iterdir()) == []
 
 
 @torch.no_grad()
@@ -172,8 +185,10 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int, *, from_call: in
     return sizes
 
 
-@pytest.mark.parametrize("where", ["training", "validation"])
-@pytest.mark.parametrize("from_call", [0, 3])
+@pytest.mark.parametrize(
+    ("where", "from_call"),
+    by_tier(product(["training", "validation"], [0, 3]), everyday=[("training", 3), ("validation", 0)]),
+)
 def test_memory_that_runs_out_halves_the_micro_batches_and_changes_no_loss(
     where: str,
     from_call: int,
@@ -182,7 +197,7 @@ def test_memory_that_runs_out_halves_the_micro_batches_and_changes_no_loss(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = replace(QUICK, objective="both", batch_size=5, micro_batch_size=4, epochs=4, validations=4)
-    small = heal(cut_apart(), tmp_path / "small", replace(settings, micro_batch_size=1))
+    small, _ = healed(replace(settings, micro_batch_size=1))
     short_of_memory(monkeypatch, 1, from_call=from_call, only=where)
     result = heal(cut_apart(), tmp_path / "large", settings)
     assert (result.micro_batch_size, result.micro_batch_halvings) == (1, 2)
@@ -237,8 +252,10 @@ def test_weights_that_are_nan_before_healing_are_a_user_error(tmp_path: Path) ->
         heal(student, tmp_path)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize(
+    ("what", "step"),
+    by_tier(product(["loss", "gradient"], [1, 4]), everyday=[("loss", 1), ("loss", 4), ("gradient", 4)]),
+)
 def test_a_loss_or_gradient_that_is_not_finite_gives_the_best_state_back(
     what: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,7 +341,9 @@ def test_a_state_that_cannot_be_written_is_a_user_error_and_the_last_one_stays(t
 
 
 def test_seed_orders_the_blocks(tmp_path: Path) -> None:
-    first, again, other = (losses_of(heal(cut_apart(), tmp_path, seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (
+        losses_of(result) for result in (healed()[0], *(heal(cut_apart(), tmp_path, seed=seed) for seed in (0, 1)))
+    )
     assert first == again
     assert first != other
 
@@ -355,7 +374,7 @@ def test_learning_rate_rises_to_its_peak_and_falls(steps: int, warmup_fraction: 
 
 @pytest.mark.parametrize("method", ["endpoint", "lora", "all"])
 def test_recomputed_layers_train_alike(method: HealName, tmp_path: Path) -> None:
-    settings = replace(QUICK, method=method, objective="both", seam_weight=0.5)
+    settings = replace(QUICK, method=method, objective="both", seam_weight=0.5, epochs=1, validations=1)
     plain, recomputed = cut_apart(), cut_apart()
     expected = heal(plain, tmp_path, settings)
     found = heal(recomputed, tmp_path, replace(settings, checkpointing=True))
@@ -376,11 +395,16 @@ def test_compiled_layers_train_alike(checkpointing: bool, tmp_path: Path) -> Non
     assert losses_of(found) == pytest.approx(losses_of(expected), rel=1e-4)
 
 
-def test_no_layer_is_left_uncompiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "segment",
+    [Segment(6, 8, 8), pytest.param(Segment(3, 5, 8), marks=pytest.mark.slow)],  # one layer is traced, or four
+    ids=str,
+)
+def test_no_layer_is_left_uncompiled(segment: Segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced and guarded all the same
     settings = replace(QUICK, objective="both", compile=True, epochs=1)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        found = heal(cut_apart(), tmp_path, settings)
-    expected = heal(cut_apart(), tmp_path, replace(settings, compile=False))
+        found = heal(cut_apart(segment=segment), tmp_path, settings, seam=segment.start)
+    expected = heal(cut_apart(segment=segment), tmp_path, replace(settings, compile=False), seam=segment.start)
     assert losses_of(found) == pytest.approx(losses_of(expected), rel=1e-4)

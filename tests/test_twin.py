@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -79,7 +80,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 LEFT_OUT = ("quantization_config", "dtype", "transformers_version", "_name_or_path")
 SIZES_BY_LAYER = ("intermediate_size", "num_attention_heads_per_layer", "moe_topk", "hidden_size_per_layer_input")
 RULE = r".*(layer|period|offset|interval|step|freq|pattern|replace|every|shared|mem_blocks).*"
-families = pytest.mark.parametrize("family", PUBLISHED)
+SLOW = ("smollm3", "ernie4_5_moe", "phi", "falcon_h1")
+"""Others have lists, steps, partial rotary positions and state spaces, too."""
+slow = partial(pytest.param, marks=pytest.mark.slow)
+families = pytest.mark.parametrize("family", [slow(name) if name in SLOW else name for name in PUBLISHED])
 
 
 def original(family: str) -> PreTrainedConfig:
@@ -203,7 +207,7 @@ def test_a_window_is_felt():
         ("deepseek_v3", lambda c: c["qk_head_dim"] == c["qk_nope_head_dim"] + c["qk_rope_head_dim"]),
         ("deepseek_v3", lambda c: c["qk_nope_head_dim"] == c["v_head_dim"] == 2 * c["qk_rope_head_dim"]),
         ("deepseek_v3", lambda c: c["n_group"] > c["topk_group"] and c["n_routed_experts"] > c["num_experts_per_tok"]),
-        ("phi", lambda c: c["hidden_size"] // c["num_attention_heads"] * 0.4 % 2 == 0),
+        slow("phi", lambda c: c["hidden_size"] // c["num_attention_heads"] * 0.4 % 2 == 0),
         (
             "phi3",
             lambda c: len(c["rope_parameters"]["long_factor"]) == c["hidden_size"] // c["num_attention_heads"] / 2,
@@ -211,7 +215,7 @@ def test_a_window_is_felt():
         ("qwen3_5_text", lambda c: sum(c["rope_parameters"]["mrope_section"]) == c["head_dim"] * 0.25 / 2),
         ("mamba2", lambda c: c["num_heads"] * c["head_dim"] == c["expand"] * c["hidden_size"]),
         ("mamba2", lambda c: c["num_heads"] % c["n_groups"] == 0 and c["n_groups"] > 1),
-        ("falcon_h1", lambda c: c["mamba_n_heads"] * c["mamba_d_head"] == c["mamba_d_ssm"]),
+        slow("falcon_h1", lambda c: c["mamba_n_heads"] * c["mamba_d_head"] == c["mamba_d_ssm"]),
         ("zamba2", lambda c: c["n_mamba_heads"] * c["mamba_headdim"] == c["mamba_expand"] * c["hidden_size"]),
         ("zamba2", lambda c: c["attention_hidden_size"] == 2 * c["hidden_size"]),
         ("zamba2", lambda c: c["attention_head_dim"] * c["num_attention_heads"] == c["attention_hidden_size"]),
@@ -247,7 +251,7 @@ def test_a_twin_is_tiny_and_causal(family):
     [
         ("gpt2", "transformer.h"),
         ("qwen2", "model.layers"),
-        ("mamba2", "backbone.layers"),
+        slow("mamba2", "backbone.layers"),
         ("nemotron_h", "model.layers"),
     ],
 )
@@ -262,7 +266,7 @@ def test_every_layer_matters(family, path):
         handle.remove()
 
 
-@pytest.mark.parametrize("family", ["phi3", "gemma4_text", "deepseek_v32", "falcon_h1", "qwen3_5_text"])
+@pytest.mark.parametrize("family", ["phi3", "gemma4_text", "deepseek_v32", slow("falcon_h1"), "qwen3_5_text"])
 def test_a_twin_generates_alike_with_and_without_a_cache(family):
     """DeepSeek's indexer with few heads scores many tokens 0; which of these it takes then depends on the length."""
     model = model_of(family)
@@ -331,6 +335,7 @@ def test_a_config_without_a_width_is_told():
         twin_config(PreTrainedConfig())
 
 
+@pytest.mark.slow  # transformers imports every config to name them all
 def test_what_is_no_language_model_is_told():
     with pytest.raises(UserError, match="a tiny twin of ViTConfig cannot be built: ValueError: Unrecognized config"):
         twin_model(ViTConfig())

@@ -108,7 +108,7 @@ def test_a_process_that_dies_is_an_error_with_its_last_words(tmp_path):
     last_words = "import os, sys\nprint('out of luck', file=sys.stderr, flush=True)\nos._exit(7)"
     folder = write_remote(tmp_path / "odd", last_words, num_hidden_layers=5)
     with Witness() as process:
-        for _ in range(3):
+        for _ in range(2):  # the second process, too
             refuse_in(process, folder, r"does not load in a fresh process: out of luck \(exit code 7\) - do not use it")
 
 
