@@ -28,15 +28,14 @@ from measuring import Row, Rows, arguments, seconds, table, with_error
 from torch import Tensor
 
 from layerscalpel.decoder import load_decoder
-from layerscalpel.hooks import head_logits, hidden_at
+from layerscalpel.hooks import hidden_at
 from layerscalpel.layers import Decoder, device_of
-from layerscalpel.losses import Measured, block_mean, log_probabilities, token_chunks, token_nll
+from layerscalpel.losses import Measured, block_mean, token_chunks, token_nll
 from layerscalpel.probe import find_layers
+from layerscalpel.rows import log_probs_at
 
 DRAWS = 2000
 """Of the bootstrap."""
-HEAD_POSITIONS = 2048
-"""That go through the head at once."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +136,8 @@ def _log_likelihoods(decoder: Decoder, batch: list[tuple[list[int], int]]) -> Te
     targets_M = tokens_BT.roll(-1, dims=1)[counted_BT.to(device)]
     hidden_MD = hidden_at(decoder, tokens_BT, len(decoder))[counted_BT.to(device)]
     sums_B = torch.zeros(len(batch), dtype=torch.float64)
-    for part in token_chunks(1, len(hidden_MD), decoder.vocab_size, device, most=HEAD_POSITIONS):
-        log_probs = log_probabilities(head_logits(decoder, hidden_MD[None, part]))
-        nll = token_nll(log_probs, targets_M[None, part])[0]
+    for part in token_chunks(1, len(hidden_MD), decoder.vocab_size, device):
+        nll = token_nll(log_probs_at(decoder, hidden_MD[part]), targets_M[part])
         sums_B.index_add_(0, row_M[part], -nll.double().cpu())
     return sums_B
 

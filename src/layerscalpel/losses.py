@@ -52,11 +52,9 @@ def token_nll(log_probs_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return -log_probs_BTV.gather(-1, targets_BT.unsqueeze(-1)).squeeze(-1)
 
 
-def token_chunks(
-    batch: int, num_tokens: int, vocab: int, device: torch.device, most: int | None = None
-) -> Iterator[slice]:
-    """Cut the token axis: chunks of `most` tokens at most, whose logits [batch, chunk, vocab] fit LOGITS_BYTES."""
-    chunk = max(1, min(most or num_tokens, LOGITS_BYTES[device.type] // (4 * vocab * batch)))
+def token_chunks(batch: int, num_tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    """Cut the token axis into chunks whose logits [batch, chunk, vocab] fit LOGITS_BYTES."""
+    chunk = max(1, LOGITS_BYTES[device.type] // (4 * vocab * batch))
     for low in range(0, num_tokens, chunk):
         yield slice(low, min(low + chunk, num_tokens))
 

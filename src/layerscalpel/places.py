@@ -41,7 +41,7 @@ class Place:
     @property
     def sparing(self) -> bool:
         """Whether layers that are not at work wait in host memory."""
-        return self.frozen != "device" or self.shard
+        return spares_device(self)
 
     @contextlib.contextmanager
     def at_work(self, decoder: Decoder, layers: Collection[int], *, four_bit: bool = False) -> Iterator[Live]:
@@ -89,9 +89,9 @@ def _rest_on(decoder: Decoder, device: torch.device) -> Iterator[None]:
             tensor.data = tensor.data.to(home)
 
 
-def spares_device(settings: HealSettings) -> bool:
+def spares_device(where: HealSettings | Place) -> bool:
     """Tell whether models may lie in host memory while one is healed: layers come to the device to be at work."""
-    return settings.frozen != "device" or settings.shard
+    return where.frozen != "device" or where.shard
 
 
 def require_place(settings: HealSettings, num_processes: int) -> None:

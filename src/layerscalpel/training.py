@@ -75,7 +75,6 @@ class Training:
         self._write(self.masters)
         fused = self.masters[0].device.type == "cuda"
         self.adam = torch.optim.AdamW(self.masters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
-        self.steps_per_epoch = math.ceil(num_blocks / settings.batch_size)
         self.steps = total_steps(settings, num_blocks)
         self.progress = Progress(settings.micro_batch_size)
         self.best = self._copies()
@@ -166,7 +165,7 @@ class Training:
         self.progress.halvings += 1
 
     def _batch_index(self, step: int) -> Tensor:
-        epoch, position = divmod(step, self.steps_per_epoch)
+        epoch, position = divmod(step, self.steps // self.settings.epochs)
         order = torch.randperm(self.num_blocks, generator=torch.Generator().manual_seed(self.seed * 1000 + epoch))
         size = self.settings.batch_size
         return order[position * size : (position + 1) * size]
