@@ -47,7 +47,7 @@ class HealSizes:
         joined, compiled = {"separate_documents": False}, {"compile": True}
         plan: list[tuple[str, str, int, dict[str, Any]]] = [("7b", "lora", first, {}), ("7b", "endpoint", first, {})]
         plan += [("7b", "endpoint", start, {}) for start in others]
-        plan += [("7b", "endpoint", first, {"cache_gib": 0.0})]
+        plan += [("7b", "endpoint", first, how) for how in ({"frozen": "cpu"}, {"cache_gib": 0.0})]
         plan += [("7b", method, first, how) for how in (joined, compiled) for method in ("lora", "endpoint")]
         small = self.starts["135m"][0]
         return plan + [("135m", method, small, how) for method in ("endpoint", "all") for how in ({}, compiled)]

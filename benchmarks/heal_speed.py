@@ -34,7 +34,7 @@ TIMED = {
 """{what is timed apart: the method that does it}; what is left of a healing is its training."""
 WAITING = ("aten::_local_scalar_dense", "aten::nonzero")
 """Operations after which the host knows a number of the device."""
-VARIED = ("cache_gib", "separate_documents", "compile")
+VARIED = ("cache_gib", "separate_documents", "compile", "frozen")
 LR = 1e-5
 """Random weights learn nothing: any rate that keeps the loss finite does."""
 

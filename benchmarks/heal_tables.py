@@ -79,13 +79,14 @@ def _changes(row: Row) -> str:
         "nothing cached": row["cache_gib"] == 0,
         "documents joined": not row["separate_documents"],
         "compiled": row["compile"],
+        "idle layers in host memory": row["frozen"] == "cpu",
     }
     return ", ".join(name for name, is_so in names.items() if is_so)
 
 
 def _bars(rows: list[Row]) -> str:
     """Return how the first start stands to its bars."""
-    plain = {"shape": "7b", "method": "endpoint", "separate_documents": True, "compile": False}
+    plain = {"shape": "7b", "method": "endpoint", "separate_documents": True, "compile": False, "frozen": "device"}
     cached = [row for row in rows if has(row, plain) and row["cache_gib"] and lora_of(rows, row)]
     if not cached:
         return ""

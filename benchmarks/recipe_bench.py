@@ -47,7 +47,7 @@ class Sizes:
     """That overrule every trial's."""
     records: int | None = None
     """Of each source of text."""
-    answered_at_once: int = 1024
+    answered_at_once: int = 4096
 
 
 FEW = Sizes(
@@ -175,8 +175,13 @@ held: list[Bench] = []
 """A worker process's own."""
 
 
-def open_bench(given: argparse.Namespace, sizes: Sizes) -> None:
+def open_bench(given: argparse.Namespace, sizes: Sizes, turns: Any) -> None:
+    """Begin as a worker; workers take the machine's GPUs by turns."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // given.workers))
+    if torch.cuda.is_available():
+        with turns.get_lock():
+            turn, turns.value = turns.value, turns.value + 1
+        torch.cuda.set_device(turn % torch.cuda.device_count())
     held.append(Bench(given, sizes))
 
 

@@ -129,4 +129,9 @@ TRIALS = [
     _trial("stitch-auto", 6, "alpaca", {"method": "none", **AUTO}),
     _trial("stitch-auto-9", 9, "alpaca", {"method": "none", **AUTO}),
     _trial("cut-9", 9, "alpaca", {"method": "none"}),
+    _endpoint("end-mix", mix="alpaca=2,c4=1", **RIDGE),
+    _endpoint("ridge-then-all", mix="alpaca=2,c4=1", epochs=1, second="all", second_lr=3e-4, second_epochs=2, **RIDGE),
+    _endpoint("nine-then-all", "alpaca=2,c4=1", 9, epochs=1, second="all", second_lr=5e-4, second_epochs=3, **RIDGE),
+    _all("nine-fast", n=9, lr=6e-4, epochs=4, **RIDGE),
+    _all("nine-kl", "alpaca=1,c4=1", n=9, lr=6e-4, epochs=3, kl_weight=2.0, **RIDGE),
 ]

@@ -1,4 +1,4 @@
-"""Which recipe heals best? Named trials on a real model, several at once on one GPU.
+"""Which recipe heals best? Named trials on a real model, several at once on each GPU.
 
     python benchmarks/selection.py --out .gpu/b/selection.jsonl.gz
     python benchmarks/recipes.py --data ../shared/data --chosen-by .gpu/b/selection.jsonl.gz \
@@ -37,8 +37,6 @@ from recipe_trials import TRIALS
 
 ANSWERS_S, MEASURES_S = 200.0, 60.0
 """Seconds that the parent's answers should take, and the measures of a final trial or of the parent."""
-AHEAD = 4
-"""Places by which answers come before the first trial that heals on them."""
 
 
 @dataclass
@@ -68,15 +66,13 @@ class Clock:
 
 
 def waiting(rows: Rows, given: argparse.Namespace) -> Iterator[Row]:
-    """Yield the units that are left, the most telling first; what others need before these."""
-    units: list[Row] = [{"part": "parent"}]
-    names = given.trials or [trial.name for trial in TRIALS]
-    final = [{"part": "final", "name": name, "seed": seed} for seed in given.seeds for name in given.final]
-    for unit in final or [{"part": "trial", "name": name, "seed": 0} for name in names]:
-        how = BY_NAME[unit["name"]].answers
-        if how != "given" and {"part": "answers", "how": how} not in units:
-            units.insert(max(1, len(units) - AHEAD), {"part": "answers", "how": how})
-        units.append(unit)
+    """Yield the units that are left: what others need, finals with the longest first, trials as they are listed."""
+    names = given.trials or [trial.name for trial in TRIALS if not given.final]
+    finals = [{"part": "final", "name": name, "seed": seed} for seed in given.seeds for name in given.final]
+    heals = sorted(finals, key=Clock().estimate_s, reverse=True)
+    heals += [{"part": "trial", "name": name, "seed": 0} for name in names]
+    answers = dict.fromkeys(BY_NAME[unit["name"]].answers for unit in heals)
+    units = [{"part": "parent"}, *({"part": "answers", "how": how} for how in answers if how != "given"), *heals]
     yield from (unit for unit in units if rows.find(**unit) is None or _lost(rows, given, unit))
 
 
@@ -108,7 +104,8 @@ def _run(rows: Rows, given: argparse.Namespace, sizes: Sizes, clock: Clock) -> b
     """Return whether a worker died; what ran then is lost, and the rows of its trials say so."""
     running: dict[Future, Row] = {}
     context, died = get_context("spawn"), False
-    with ProcessPoolExecutor(given.workers, context, open_bench, (given, sizes)) as pool:
+    turns = context.Value("i", 0)
+    with ProcessPoolExecutor(given.workers, context, open_bench, (given, sizes, turns)) as pool:
         while not died:
             for unit in waiting(rows, given):
                 if len(running) == given.workers:

@@ -73,6 +73,7 @@ ORDER = [
     "fold",
     "rehearsal",
     "stitch",
+    "transfer",
     "rows",
     "frozen",
     "objectives",

@@ -60,10 +60,13 @@ def test_cache_holds_the_hidden_states_at_its_boundary(tmp_path: Path) -> None:
     frozen = Frozen(student, None, TRAIN, Plan(2, 4, 2), QUICK, tmp_path / "prefix.bin", room=1 << 20)
     frozen.fill("frozen")
     batch = frozen.batch(torch.tensor([3, 1]))
-    assert torch.equal(batch.tokens_BT, TRAIN.tokens[[3, 1]])
-    assert torch.equal(batch.labelled_BT, TRAIN.labelled[[3, 1]])
+    assert torch.equal(batch.sent.tokens_BT, TRAIN.tokens[[3, 1]])
+    tokens, labelled = TRAIN.tokens[[3, 1]], TRAIN.labelled[[3, 1]]
+    assert torch.equal(batch.sent.targets_M, tokens[:, 1:][labelled[:, 1:]])
+    assert torch.equal(tokens.flatten()[batch.sent.places_M + 1], batch.sent.targets_M)
+    assert (batch.sent.places_M % tokens.shape[1] < tokens.shape[1] - 1).all(), "none predicts another block's token"
     assert batch.hidden_BTD is not None
-    wanted = hidden_at(student, batch.tokens_BT, 2).detach()
+    wanted = hidden_at(student, batch.sent.tokens_BT, 2).detach()
     torch.testing.assert_close(batch.hidden_BTD, wanted, rtol=1e-5, atol=1e-5)
     frozen.close(keep=False)
     assert not list(tmp_path.iterdir())

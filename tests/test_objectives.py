@@ -355,7 +355,7 @@ def test_hidden_states_below_the_seam_are_no_part_of_the_gradient(tmp_path: Path
         batch = frozen.batch(torch.arange(2))
         assert isinstance(batch, Batch)
         assert batch.hidden_BTD is not None
-        torch.testing.assert_close(batch.hidden_BTD, hidden_at(student, batch.tokens_BT, 2), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(batch.hidden_BTD, hidden_at(student, batch.sent.tokens_BT, 2), rtol=1e-5, atol=1e-5)
         with torch.enable_grad():
             loss(batch, 1.0, 1.0)
     asked = [i for i in range(6) if any(p.grad is not None and p.grad.any() for p in student.layers[i].parameters())]

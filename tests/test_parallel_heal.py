@@ -110,8 +110,8 @@ def short_of_memory(scratch: Path, team: parallel.Team) -> dict[str, Any]:
     whole_loss, sizes = SeamLoss.__call__, []
 
     def limited(self: SeamLoss, batch: Any, *counts: float) -> dict[str, Tensor]:
-        sizes.append(len(batch.tokens_BT))
-        if len(batch.tokens_BT) > 1 and team.rank == team.size - 1:
+        sizes.append(len(batch.sent.tokens_BT))
+        if len(batch.sent.tokens_BT) > 1 and team.rank == team.size - 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole_loss(self, batch, *counts)
 

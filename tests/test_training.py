@@ -176,9 +176,9 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int, *, from_call: in
 
     def lacking(self: SeamLoss, batch: Batch, *rest: Any) -> dict[str, Tensor]:
         concerned = only in ("", "training" if torch.is_grad_enabled() else "validation")
-        if concerned and next(calls) >= from_call and len(batch.tokens_BT) > most:
+        if concerned and next(calls) >= from_call and len(batch.sent.tokens_BT) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        sizes.append(len(batch.tokens_BT))
+        sizes.append(len(batch.sent.tokens_BT))
         return whole(self, batch, *rest)
 
     monkeypatch.setattr(SeamLoss, "__call__", lacking)

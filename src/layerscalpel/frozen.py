@@ -17,7 +17,7 @@ Dimensions: N blocks, B blocks at once, T tokens, D hidden size, M labelled plac
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,9 @@ from layerscalpel.layers import Decoder
 from layerscalpel.memory import halved
 from layerscalpel.parallel import ALONE, Team
 from layerscalpel.progress import say, track
-from layerscalpel.rows import Plan, Rows, predicts
+from layerscalpel.rows import Plan, Rows
 from layerscalpel.settings import HealSettings
+from layerscalpel.transfer import Departures, Sent
 
 FILL_TOKENS = {"cpu": 0, "cuda": 1 << 14, "mps": 1 << 12}
 """Tokens that go through frozen layers at once, at least: without gradients a GPU has room for many."""
@@ -47,19 +48,13 @@ Side = Literal["both", "student", "parent"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Blocks on the model's device; what the loss does not need is None."""
+    """Blocks, and what is known of them before a student is trained."""
 
-    tokens_BT: Tensor
-    labelled_BT: Tensor
-    positions_BT: Tensor | None
+    sent: Sent
     hidden_BTD: Tensor | None
     """At the plan's boundary; None where training begins at the tokens."""
     parent: Mapping[str, Tensor]
     """Rows of the parent: final [M, D], or top_log_probs and top_ids [M, K]; seam [B * T, D]."""
-
-    def predicts(self) -> Tensor:
-        """Return where the next token is a target [B, T] bool."""
-        return predicts(self.labelled_BT)
 
 
 class Frozen(Rows):
@@ -81,6 +76,7 @@ class Frozen(Rows):
         self.team = team
         self.file = BlockFile(path, self._parts(), room=room, key=self._key())
         self._reader = ThreadPoolExecutor(max_workers=1)
+        self._departures = Departures(self.device)
         self._ahead: tuple[Tensor, Future[dict[str, Tensor]]] | None = None
         self.per_fill = max(settings.micro_batch_size, FILL_TOKENS[self.device.type] // blocks.tokens.shape[1])
 
@@ -160,14 +156,15 @@ class Frozen(Rows):
             if turn and turn % NOTE_EVERY == 0:
                 self._agree(begins.start + turn * mates * step, of)
             if place < len(begins):
-                written = self._reader.submit(self._write, low, rows, len(index))  # while the device goes on
+                written = self._reader.submit(self._write, low, self._departures.begin(rows), len(index))
         if written is not None:
             written.result()
         self._agree(file.num_blocks, of)
 
-    def _write(self, low: int, rows: Mapping[str, Tensor], count: int) -> None:
+    def _write(self, low: int, fetch: Callable[[], Mapping[str, Tensor]], count: int) -> None:
+        """Write records while the device goes on with the next."""
         before = self.file.filled
-        self.file.write(low, rows, count)
+        self.file.write(low, fetch(), count)
         if self.team.size > 1:
             self.file.filled = before  # others have not written theirs
 
@@ -213,12 +210,15 @@ class Frozen(Rows):
         missing = index >= self.file.num_blocks
         if self.file.parts and missing.any():
             rows = self._joined(index, rows, self._computed(index[missing]))
-        tokens_BT, labelled_BT, positions_BT = self._tokens(index)
-        prefix = rows.pop("prefix", None)
-        hidden = None if prefix is None else prefix.view(*tokens_BT.shape, -1).to(self.compute_dtype)
+        sent, prefix = self._sent(index), rows.pop("prefix", None)
+        hidden = None if prefix is None else self._shaped(prefix, sent)
         if self.plan.asks_parent and self.online:
-            rows |= self._of_parent(tokens_BT, labelled_BT, positions_BT, hidden)
-        return Batch(tokens_BT, labelled_BT, positions_BT, hidden, rows)
+            rows |= self._of_parent(sent, hidden)
+        return Batch(sent, hidden, rows)
+
+    def _shaped(self, prefix: Tensor, sent: Sent) -> Tensor:
+        """Return the hidden states [B, T, D] that a part of the file holds."""
+        return prefix.view(*sent.tokens_BT.shape, -1).to(self.compute_dtype)
 
     def close(self, *, keep: bool) -> None:
         """End the reader; remove the file unless a later call goes on with it."""
@@ -244,9 +244,7 @@ class Frozen(Rows):
 
     def _parents_rows(self, index: Tensor) -> dict[str, Tensor]:
         """Return the parent's part of blocks' records, whose student's part is there."""
-        tokens, labelled, positions = self._tokens(index)
-        hidden = None
+        sent, hidden = self._sent(index), None
         if self.plan.boundary:
-            prefix = self.file.read(index, names=["prefix"])["prefix"].to(self.device)
-            hidden = prefix.view(*tokens.shape, -1).to(self.compute_dtype)
-        return self._of_parent(tokens, labelled, positions, hidden)
+            hidden = self._shaped(self.file.read(index, names=["prefix"])["prefix"].to(self.device), sent)
+        return self._of_parent(sent, hidden)

@@ -69,14 +69,13 @@ class SeamLoss:
         Where gradients are on, the gradient of the weighted sum is added to the trained weights.
         """
         final_BTD, seam_BTD = self._student_hidden(batch)
-        final_MD = final_BTD[batch.predicts()]
+        final_MD = final_BTD.flatten(0, 1)[batch.sent.places_M]
         leaf_MD = final_MD.detach().requires_grad_(final_MD.requires_grad)
-        targets_M = batch.tokens_BT[:, 1:][batch.labelled_BT[:, 1:]]
         terms = {name: torch.zeros((), device=leaf_MD.device) for name in self.weights}
         places = 0 if set(self.weights) == {"seam"} else len(leaf_MD)
         for part in token_chunks(1, places, self.student.vocab_size, leaf_MD.device):
             rows = {name: value[part] for name, value in batch.parent.items() if name != "seam"}
-            sums = self._sums(leaf_MD[part], targets_M[part], rows)
+            sums = self._sums(leaf_MD[part], batch.sent.targets_M[part], rows)
             found = {name: value / num_labelled for name, value in sums.items()}
             if leaf_MD.requires_grad:
                 self.total(found).backward()  # frees the chunk's logits at once
@@ -104,14 +103,15 @@ class SeamLoss:
 
     def _student_hidden(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the hidden states at the last boundary that the loss needs, and those after the seam if compared."""
-        student, hidden, positions, plan = self.student, batch.hidden_BTD, batch.positions_BT, self.plan
+        student, hidden, plan = self.student, batch.hidden_BTD, self.plan
+        tokens, positions = batch.sent.tokens_BT, batch.sent.positions_BT
         last = plan.seam if set(self.weights) == {"seam"} else len(student)
         watched = caught_at(student, plan.seam) if "seam" in self.weights else contextlib.nullcontext([])
         with watched as caught:
             if hidden is None:
-                final = hidden_at(student, batch.tokens_BT, last, positions)
+                final = hidden_at(student, tokens, last, positions)
             else:
-                final = resume_from(student, batch.tokens_BT, plan.boundary, hidden, positions, until=last)
+                final = resume_from(student, tokens, plan.boundary, hidden, positions, until=last)
         return final, caught[0] if caught else None
 
     def _sums(self, hidden_MD: Tensor, targets_M: Tensor, parent: Mapping[str, Tensor]) -> dict[str, Tensor]:

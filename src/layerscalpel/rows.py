@@ -20,6 +20,7 @@ from layerscalpel.layers import Decoder, device_of
 from layerscalpel.losses import log_probabilities, token_chunks
 from layerscalpel.origin import DTYPES
 from layerscalpel.settings import HealSettings
+from layerscalpel.transfer import Sent
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,6 @@ class Plan:
         return self.kl or self.seam_error or self.end_error
 
 
-def predicts(labelled_BT: Tensor) -> Tensor:
-    """Return where the next token is labelled [B, T] bool."""
-    found = torch.zeros_like(labelled_BT)
-    found[:, :-1] = labelled_BT[:, 1:]
-    return found
-
-
 class Rows:
     """What two models compute of a set of blocks while neither is trained."""
 
@@ -68,46 +62,43 @@ class Rows:
         self.compute_dtype = weight
         self.online = settings.teacher == "online"
 
-    def _tokens(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        positions = None
-        if self.plan.apart and self.blocks.positions is not None:
-            positions = self.blocks.positions[index].to(self.device)
-        return self.blocks.tokens[index].to(self.device), self.blocks.labelled[index].to(self.device), positions
+    def _sent(self, index: Tensor) -> Sent:
+        blocks, apart = self.blocks, self.plan.apart and self.blocks.positions is not None
+        positions = blocks.positions[index] if apart and blocks.positions is not None else None
+        return Sent.to(self.device, blocks.tokens[index], blocks.labelled[index], positions)
 
     @torch.no_grad()
     def _prefix(self, index: Tensor) -> dict[str, Tensor]:
         """Return the student's part of blocks' records."""
-        tokens, _, positions = self._tokens(index)
-        hidden = hidden_at(self.student, tokens, self.plan.boundary, positions).to(self.dtype)
+        sent = self._sent(index)
+        hidden = hidden_at(self.student, sent.tokens_BT, self.plan.boundary, sent.positions_BT).to(self.dtype)
         return {"prefix": hidden.flatten(0, 1)}
 
     @torch.no_grad()
     def _computed(self, index: Tensor) -> dict[str, Tensor]:
         """Return the parts of blocks' records, one block below the other."""
-        tokens, labelled, positions = self._tokens(index)
-        plan, rows, hidden = self.plan, {}, None
+        plan, sent, rows, hidden = self.plan, self._sent(index), {}, None
         if plan.boundary:
-            hidden = hidden_at(self.student, tokens, plan.boundary, positions).to(self.dtype)
+            hidden = hidden_at(self.student, sent.tokens_BT, plan.boundary, sent.positions_BT).to(self.dtype)
             rows["prefix"] = hidden.flatten(0, 1)
             hidden = hidden.to(self.compute_dtype)
         if plan.asks_parent and not self.online:
-            rows |= self._of_parent(tokens, labelled, positions, hidden)
+            rows |= self._of_parent(sent, hidden)
         return rows
 
     @torch.no_grad()
-    def _of_parent(
-        self, tokens: Tensor, labelled: Tensor, positions: Tensor | None, hidden: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _of_parent(self, sent: Sent, hidden: Tensor | None) -> dict[str, Tensor]:
         assert self.parent is not None, "a loss that asks the parent has one"
         plan, parent, seam = self.plan, self.parent, self.plan.seam + self.plan.removed
         last = len(parent) if plan.kl or plan.end_error else seam
+        tokens, positions = sent.tokens_BT, sent.positions_BT
         with caught_at(parent, seam) as caught:
             if hidden is None or not plan.same_prefix:
                 final = hidden_at(parent, tokens, last, positions)
             else:
                 final = resume_from(parent, tokens, plan.boundary, hidden, positions, until=last)
         rows = {"seam": caught[0].flatten(0, 1)} if plan.seam_error else {}
-        final_MD = final[predicts(labelled)]
+        final_MD = final.flatten(0, 1)[sent.places_M]
         if plan.end_error or (plan.kl and not self.top_k):
             rows["final"] = final_MD
         if plan.kl and self.top_k:

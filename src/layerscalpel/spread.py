@@ -47,8 +47,8 @@ class _Ways(nn.Module):
         super().__init__()
         self.ways = nn.ModuleList(ways)
 
-    def forward(self) -> None:
-        """Nothing: its first call makes fully_shard see which modules belong together."""
+    def forward(self, _nothing: Tensor) -> None:
+        """Nothing: its first call makes fully_shard see which modules belong together; it wants a tensor to move."""
 
 
 @contextlib.contextmanager
@@ -103,7 +103,7 @@ def _take_apart(layers: Sequence[nn.Module], mesh: Any) -> None:
         way.set_modules_to_forward_prefetch([following])
     root = _Ways(ways)
     fully_shard(root, mesh=mesh)
-    root()
+    root(torch.empty(0))
 
 
 def _put_back(layer: nn.Module, own: Any, tensors: dict[str, Tensor], before: dict[str, Tensor]) -> None:

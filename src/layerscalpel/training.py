@@ -77,7 +77,7 @@ class Training:
         self.adam = torch.optim.AdamW(self.masters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
         self.steps = total_steps(settings, num_blocks)
         self.progress = Progress(settings.micro_batch_size)
-        self.best = self._copies()
+        self.best = self._kept()
         self._restore()
 
     def run(self, loss: SeamLoss, frozen: Frozen, held_out: Frozen) -> None:
@@ -86,6 +86,7 @@ class Training:
         Raises:
             UserError: the training diverged, or a single block does not fit the device's memory.
         """
+        holds_best = False
         try:
             if not self.progress.validation:
                 self._validate(loss, held_out)
@@ -97,8 +98,10 @@ class Training:
                 if step + 1 in due:
                     self._validate(loss, held_out)
                     self._store()
+            holds_best = self.progress.best_step == self.progress.step
         finally:
-            self._write(self.best)
+            if not holds_best:
+                self._write(self.best)
 
     def _step(self, step: int, loss: SeamLoss, frozen: Frozen) -> None:
         lr = learning_rate(step, self.steps, self.settings)
@@ -177,9 +180,9 @@ class Training:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
-    def _copies(self) -> list[Tensor]:
-        """Return the masters as they are now, in host memory."""
-        return [master.detach().to("cpu", copy=True) for master in self.masters]
+    def _kept(self) -> list[Tensor]:
+        """Return the weights as they are now, in host memory."""
+        return [local(parameter.detach()).to("cpu", copy=True) for parameter in self.parameters]
 
     @torch.no_grad()
     def _write(self, values: Sequence[Tensor]) -> None:
@@ -199,19 +202,23 @@ class Training:
             row |= {UNITS[name]: float(term) for name, term in terms.items()}
         self.progress.validation.append(row)
         if value < self.progress.best_loss:
-            self.progress.best_loss, self.progress.best_step, self.best = value, done, self._copies()
+            self.progress.best_loss, self.progress.best_step = value, done
+            if done:  # before the first step they are kept
+                self.best = self._kept()
 
     def _store(self) -> None:
+        """Write what a later call needs to go on; of a training that is at its end only what it came to."""
         if self.team.rank and not self.spread:
             return
         collect = partial(whole, keep=not self.team.rank)
         state = {
             "key": self.key,
             "progress": asdict(self.progress),
-            "masters": list(map(collect, self.masters, self.parameters)),
             "best": list(map(collect, self.best, self.parameters)),
-            "adam": turned(self.adam.state_dict(), self.parameters, collect),
         }
+        if self.progress.step < self.steps:
+            state["masters"] = list(map(collect, self.masters, self.parameters))
+            state["adam"] = turned(self.adam.state_dict(), self.parameters, collect)
         if not self.team.rank:
             write_state(self.state_file, state)
 
@@ -221,8 +228,11 @@ class Training:
         if state is None:
             return
         self.progress = Progress(**state["progress"])
-        self.adam.load_state_dict(turned(state["adam"], self.parameters, part_of))
         self.best = [part_of(*both).cpu() for both in zip(state["best"], self.parameters, strict=True)]
+        if self.progress.step == self.steps:
+            self._write(self.best)
+            return
+        self.adam.load_state_dict(turned(state["adam"], self.parameters, part_of))
         for master, stored, parameter in zip(self.masters, state["masters"], self.parameters, strict=True):
             master.copy_(part_of(stored, parameter))
         self._write(self.masters)
