@@ -72,7 +72,8 @@ def healed(child: Decoder, blocks: TokenBlocks, settings: HealSettings, start: i
     """Heal a child whose segment began at a layer, in an empty folder; one block validates."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    return heal_model(child, None, [start], blocks, blocks.first(1), settings, seed=0, scratch=scratch)
+    how = {"seed": 0, "scratch": scratch, "device": choose_device("auto")}
+    return heal_model(child, None, [start], blocks, blocks.first(1), settings, **how)
 
 
 def speed(rows: Rows, given: argparse.Namespace, sizes: HealSizes) -> None:
@@ -95,6 +96,7 @@ def speed(rows: Rows, given: argparse.Namespace, sizes: HealSizes) -> None:
 
 def timed_row(child: Decoder, blocks: TokenBlocks, settings: HealSettings, start: int, scratch: Path) -> Row:
     """Heal twice, a single step to warm up and then the whole, and account for the seconds."""
+    child.model.to("cpu" if settings.frozen == "cpu" else choose_device("auto"))
     warm = replace(settings, epochs=1)
     warm_up_s = seconds(lambda: healed(child, blocks.first(settings.batch_size), warm, start, scratch))[1]
     reset_peak()

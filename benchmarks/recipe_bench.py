@@ -10,7 +10,6 @@ import argparse
 import copy
 import functools
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass, field, replace
@@ -118,13 +117,16 @@ class Bench:
             found["stitch"] = json.loads((folder / "stitch.json").read_text(encoding="utf-8"))
         if config.heal.method != "none":
             found |= self._healed(trial, child, seed)
-        stored = copy.deepcopy(child.model).to(DTYPES[STORED]).float()
-        measured = find_layers(stored)
+        measured = self.as_stored(child)
         selected, select_s = seconds(lambda: self.measures.select(measured))
         found |= {"selection": selected, "select_s": select_s}
         if final:
             found["reported"], found["report_s"] = seconds(lambda: self.measures.report(measured))
         return found
+
+    def as_stored(self, child: Decoder) -> Decoder:
+        """Return a model as it would be saved, to be measured in float32."""
+        return find_layers(copy.deepcopy(child.model).to(DTYPES[STORED]).float())
 
     def _healed(self, trial: Trial, child: Decoder, seed: int) -> Row:
         settings = self._config(trial).heal
@@ -175,13 +177,7 @@ held: list[Bench] = []
 """A worker process's own."""
 
 
-def open_bench(given: argparse.Namespace, sizes: Sizes, turns: Any) -> None:
-    """Begin as a worker; workers take the machine's GPUs by turns."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // given.workers))
-    if torch.cuda.is_available():
-        with turns.get_lock():
-            turn, turns.value = turns.value, turns.value + 1
-        torch.cuda.set_device(turn % torch.cuda.device_count())
+def open_bench(given: argparse.Namespace, sizes: Sizes) -> None:
     held.append(Bench(given, sizes))
 
 

@@ -61,7 +61,7 @@ class Prepared:
 
     def text(self, source: str, part: str = "heal") -> str:
         """Return the file of a part of a source."""
-        return str(self._made(f"texts-{source}", lambda folder: self._part_texts(source, folder)) / f"{part}.jsonl")
+        return str(self.made(f"texts-{source}", lambda folder: self._part_texts(source, folder)) / f"{part}.jsonl")
 
     def _part_texts(self, source: str, folder: Path) -> None:
         folder.mkdir()
@@ -89,7 +89,7 @@ class Prepared:
             loaded = load_decoder(model, device="cpu", dtype="float32")
             save_decoder(loaded.model, loaded.tokenizer, folder, dtype=loaded.origin.dtype)
 
-        return self._made("parent", make)
+        return self.made("parent", make)
 
     def child(self, parent: Decoder, tokenizer: Any, trial: Trial, more: dict[str, Any]) -> Path:
         """Return the checkpoint that a trial heals: the cut one, or the stitched one."""
@@ -99,7 +99,7 @@ class Prepared:
         def cut(folder: Path) -> None:
             save_decoder(cut_model(parent, segment)[0], tokenizer, folder, dtype=STORED)
 
-        plain, method = self._made(f"cut-{trial.n}", cut), config.stitch.method
+        plain, method = self.made(f"cut-{trial.n}", cut), config.stitch.method
         if method == "none":
             return plain
 
@@ -112,7 +112,7 @@ class Prepared:
             save_decoder(child.model, tokenizer, folder, dtype=STORED)
             (folder / "stitch.json").write_text(json.dumps(found), encoding="utf-8")
 
-        return self._made(f"stitched-{trial.n}-{method}-{config.stitch.ridge:g}-{config.search.num_blocks}", stitch)
+        return self.made(f"stitched-{trial.n}-{method}-{config.stitch.ridge:g}-{config.search.num_blocks}", stitch)
 
     def sources(self) -> dict[str, str]:
         """Return {source: its file for healing}."""
@@ -174,11 +174,11 @@ class Prepared:
             folder.mkdir()
             torch.save((vars(parts.healing), vars(parts.validation)), folder / "blocks.pt")
 
-        folder = self._made(f"blocks-{hashlib.sha256(said.encode()).hexdigest()[:16]}", make)
+        folder = self.made(f"blocks-{hashlib.sha256(said.encode()).hexdigest()[:16]}", make)
         healing, validation = torch.load(folder / "blocks.pt", weights_only=True)
         return TokenBlocks(**healing), TokenBlocks(**validation)
 
-    def _made(self, name: str, make: Callable[[Path], None]) -> Path:
+    def made(self, name: str, make: Callable[[Path], None]) -> Path:
         """Return a folder of this name, made by the first that asks."""
         target, draft = self.root / name, self.root / f"{name}.draft"
         with locked(self.root / f"{name}.lock"):

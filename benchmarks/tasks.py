@@ -19,7 +19,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +76,13 @@ Items = Mapping[str, list[Item]]
 
 
 def read_items(folder: Path, limit: int | None) -> Items:
-    """Return the first items of every task."""
+    """Return items of every task: all, or so many, evenly spaced, as HellaSwag begins with its easier half."""
     found = {}
     for name, (file, to_item) in TASKS.items():
         with gzip.open(folder / file, "rt", encoding="utf-8") as lines:
-            found[name] = [to_item(json.loads(line)) for line in islice((x for x in lines if x.strip()), limit)]
+            items = [to_item(json.loads(line)) for line in lines if line.strip()]
+        count = len(items) if limit is None else min(limit, len(items))
+        found[name] = [items[i * len(items) // count] for i in range(count)]
     return found
 
 
@@ -166,10 +167,11 @@ def counting(parent: Row) -> list[str]:
     return [name for name, (mean, floor) in means.items() if mean["value"] >= floor + 3 * (mean["se"] or math.inf)]
 
 
-def drawn_retention(parent: Row, child: Row) -> Tensor:
-    """Return the adjusted retention of the measured items, and after it that of every draw [1 + DRAWS].
+def drawn_retention(parent: Row, child: Row, *, plain: bool = False) -> Tensor:
+    """Return the retention of the measured items, and after it that of every draw [1 + DRAWS].
 
-    Two children of the same parent are drawn alike, so that their draws can be subtracted.
+    Two children of the same parent are drawn alike, so that their draws can be subtracted. It is chance-adjusted, or
+    `plain`: accuracy over the parent's.
     """
     ratios = []
     for name in counting(parent):
@@ -177,7 +179,7 @@ def drawn_retention(parent: Row, child: Row) -> Tensor:
         right_2I = torch.tensor([[c == "1" for c in found[name]["right"]] for found in (parent, child)]).double()
         count = right_2I.shape[1]
         draws = torch.cat([torch.arange(count)[None], torch.randint(count, (DRAWS, count), generator=generator)])
-        above_parent, above_child = right_2I[:, draws].mean(-1) - parent[name]["chance"]
+        above_parent, above_child = right_2I[:, draws].mean(-1) - (0.0 if plain else parent[name]["chance"])
         ratios.append(above_child / above_parent)
     return torch.stack(ratios).mean(0)
 
