@@ -295,6 +295,80 @@ def failed_results() -> dict[str, Any]:
     return results
 
 
+TASKS = """
+harness: {lm_eval: 0.4.12, limit: 1000, chat_template: false, tasks: {
+  piqa: {metric: acc_norm, chance: 0.5, num_items: 1000, source: offline, num_fewshot: 0, batch_size: 16, cut_short: 0},
+  boolq: {metric: acc, chance: 0.622, num_items: 1000, source: offline, num_fewshot: 0, batch_size: 16, cut_short: 3},
+  wikitext: {metric: word_perplexity, chance: null, num_items: 62, source: hub, num_fewshot: 0, batch_size: 16,
+    cut_short: 0}}}
+overlap: {piqa: {num_items: 1000, overlapping: 0, too_short: 181}, boolq: {num_items: 1000, overlapping: 7,
+  too_short: 0}}
+scores:
+  parent: {piqa: {acc_norm: {value: 0.683, se: 0.0147, n: 1000}}, boolq: {acc: {value: 0.412, se: 0.0156, n: 1000}},
+    wikitext: {word_perplexity: {value: 23.41, se: 0.93, n: 62}}}
+  healed: {piqa: {acc_norm: {value: 0.651, se: 0.0151, n: 1000}}, boolq: {acc: {value: 0.406, se: 0.0155, n: 1000}},
+    wikitext: {word_perplexity: {value: 31.72, se: 1.21, n: 62}}}
+retention:
+  plain_fraction: {value: 0.9693, se: 0.0137, n: 2000}
+  adjusted_fraction: {value: 0.8251, se: 0.0534, n: 1000}
+  by_task:
+    piqa: {counts: true, at_chance: false, plain_fraction: {value: 0.9531, se: 0.0142, n: 1000},
+      adjusted_fraction: {value: 0.8251, se: 0.0534, n: 1000}}
+    boolq: {counts: false, at_chance: true, plain_fraction: {value: 0.9854, se: 0.0231, n: 1000}}
+  left_out: {wikitext: less word_perplexity is better}
+  warnings: []
+"""
+
+
+def written(loops: float, kind: str) -> dict[str, Any]:
+    """Return what is measured of 16 texts a model wrote."""
+    names = ("loop", "empty", "cut_off", "distinct_1", "distinct_2", "distinct_3")
+    values = (loops, 0.0, 0.8125, 0.6213, 0.8141, 0.9017)
+    counted = {f"{name}_fraction": quantity(value, 0.0527, 16) for name, value in zip(names, values, strict=True)}
+    other = {name: item | {"value": item["value"] / 2} for name, item in counted.items()}
+    how = {"new_tokens": 64, "num_prompts": 16, "seed": 0, "temperature": 0.8, "top_p": 0.95}
+    return how | {"greedy": counted, "sampled": other}
+
+
+def task_results() -> dict[str, Any]:
+    """Return a run with tasks, writing, positions and domains measured."""
+    results = full_results()
+    found, evaluated = yaml.safe_load(TASKS), results["evaluate"]
+    evaluated |= {"harness": found["harness"], "overlap": found["overlap"]}
+    for model, far in (("parent", 0), ("cut", 0.6), ("healed", 0.4)):
+        own = evaluated[model]
+        own["writing"] = written(0.0625 if model == "parent" else 0.1875, model)
+        own["samples"] = [
+            {
+                "kind": "plain",
+                "prompt": f"The river {i}",
+                "text": EVIL,
+                "cut_off": True,
+                "loops": i < 2 * bool(far),
+                "sampled": {"text": f"by {model} {i}", "cut_off": False, "loops": False},
+            }
+            for i in range(16)
+        ]
+        if model in found["scores"]:
+            own["tasks"] = found["scores"][model]
+        figures = {
+            name: own[name] for name in ("kl_nats", "top1_agreement_fraction", "ppl", "ppl_ratio") if name in own
+        }
+        own["by_domain"] = {name: {"num_blocks": 32, **figures} for name in ("c4", "alpaca")}
+        if far:
+            own["kl_by_position"] = [
+                {
+                    "from": low,
+                    "to": high,
+                    "kl_nats": quantity(far + 1 / low, 0.0213),
+                    "top1_agreement_fraction": quantity(0.6, 0.01),
+                }
+                for low, high in ((1, 16), (16, 32), (32, 64), (64, 128), (128, 257))
+            ]
+    evaluated["healed"]["retention"] = found["retention"]
+    return results
+
+
 VARIANTS = {
     "full": full_results,
     "old": old_results,
@@ -304,17 +378,20 @@ VARIANTS = {
     "pilots": pilot_results,
     "two phases": two_phase_results,
     "failed": failed_results,
+    "tasks": task_results,
 }
 
 
 DRAWN = ("layers", "angles", "surface", "rates")
 """Parts of the search that are shown in figures, or at the terminal, and not in words."""
+IN_PAGE_ONLY = (*DRAWN, "by_domain", "by_task", "writing")
+SHARES = ("_fraction", "acc", "acc_norm")
 
 
-def quantities(node: Any, name: str = "") -> list[str]:
+def quantities(node: Any, name: str = "", left_out: tuple[str, ...] = DRAWN) -> list[str]:
     """Return every measured quantity below a node as the page should print it; of a difference the size alone."""
     if not isinstance(node, dict):
         return []
     if set(node) == {"value", "se", "n"}:
-        return [measured(node, 100 if name.endswith("_fraction") else 1).lstrip("-")]
-    return [text for key, item in node.items() if key not in DRAWN for text in quantities(item, key)]
+        return [measured(node, 100 if name.endswith(SHARES) else 1).lstrip("-")]
+    return [text for key, item in node.items() if key not in left_out for text in quantities(item, key, left_out)]

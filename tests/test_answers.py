@@ -18,6 +18,7 @@ from layerscalpel.answerfile import AnswerFile
 from layerscalpel.answers import Answering, end_tokens, prompt_of, write_answers
 from layerscalpel.cli import main
 from layerscalpel.config import build_config
+from layerscalpel.continuations import Prompt, batches_of
 from layerscalpel.decoder import load_decoder
 from layerscalpel.encode import encode, template_of
 from layerscalpel.errors import UserError
@@ -92,8 +93,8 @@ def test_answers_do_not_depend_on_how_many_are_written_at_once(tmp_path):
 
 
 def test_rows_of_very_different_length_are_not_put_together():
-    prompts = [answers._Prompt(f"{size}", [5] * size, 4) for size in (90, 3, 35, 4, 36, 5, 6)]
-    assert [[len(prompt.ids) for prompt in batch] for batch in answers._batches(prompts, 3)] == [
+    prompts = [Prompt(f"{size}", [5] * size, 4) for size in (90, 3, 35, 4, 36, 5, 6)]
+    assert [[len(prompt.ids) for prompt in batch] for batch in batches_of(prompts, 3)] == [
         [3, 4, 5],
         [6, 35, 36],
         [90],
@@ -204,7 +205,7 @@ def test_the_demo_model_answers(tmp_path):
 def test_samples_follow_the_models_distribution(tmp_path):
     """First tokens of many answers to one prompt, by chi-square; a likelier choice is far off."""
     model, tokenizer = small(), chat_tokenizer()
-    prompt = answers._Prompt("one", tokenizer("the question").input_ids, 1)
+    prompt = Prompt("one", tokenizer("the question").input_ids, 1)
     how = Answering("sampled", 1, 200, seed=3)
     drawn = [ids for ids, _ in answers._generate(model, [prompt] * 4000, [], how)]
     found_V = torch.bincount(torch.tensor(drawn).flatten(), minlength=VOCABULARY).double()

@@ -12,7 +12,7 @@ import torch
 from checkpoints import SINGLE, SameProcess, edit_json, edit_weights, names, write_gguf, write_remote
 from families import tiny, tokens
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from world import TEMPLATE, byte_tokenizer, write_model
 
 from layerscalpel import checkpoint
@@ -24,6 +24,7 @@ from layerscalpel.errors import UserError
 from layerscalpel.history import cut_history, parent_of
 from layerscalpel.origin import Origin, peek
 from layerscalpel.probe import find_layers
+from layerscalpel.proof import LogitsProof, prove_twin
 from layerscalpel.segment import Segment
 from layerscalpel.shards import read_weights
 
@@ -31,10 +32,26 @@ SEGMENT = Segment(2, 5, 8)
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
+PROVEN: dict[tuple[Any, ...], LogitsProof] = {}
+ASK = SameProcess.ask
+
+
+def proven_once(witness: Any, twin: PreTrainedModel, segment: Segment, **settings: Any) -> LogitsProof:
+    """Return the proof of a twin's cut; that of a twin alike is the same, unless what proves it was changed."""
+    if type(witness) is not SameProcess or SameProcess.ask is not ASK:
+        return prove_twin(witness, twin, segment, **settings)
+    config = twin.config.to_dict() | {"_name_or_path": "wherever its parent lies"}
+    asked = (type(twin), json.dumps(config, sort_keys=True), segment, *settings.items())
+    if asked not in PROVEN:
+        PROVEN[asked] = prove_twin(witness, twin, segment, **settings)
+    return PROVEN[asked]
+
+
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    """The fresh process takes seconds and has tests of its own."""
+    """The fresh process takes seconds and has tests of its own; what it finds of a twin is asked once."""
     monkeypatch.setattr(checkpoint, "Witness", SameProcess)
+    monkeypatch.setattr(checkpoint, "prove_twin", proven_once)
 
 
 @pytest.fixture(scope="module")

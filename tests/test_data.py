@@ -137,8 +137,11 @@ def test_too_little_text_says_how_many_blocks_there_are(tmp_path, part):
 
 def test_too_little_to_heal_on_is_refused(tmp_path):
     short = write_jsonl(tmp_path / "short.jsonl", [{"text": "d1 d1 d1"}])
-    with pytest.raises(UserError, match=r"healing source .*short.jsonl gives 1 documents .* give more text"):
+    with pytest.raises(UserError, match=r"healing source .*short.jsonl gives 1 document, .* - give more documents"):
         parts_of(texts(tmp_path / "a.jsonl"), healing=short)
+    same = write_jsonl(tmp_path / "same.jsonl", [{"text": "d1 d1 d1"}] * 9)
+    with pytest.raises(UserError, match=r"same.jsonl gives 1 document \(left out: 8 repeated\), .* - give more"):
+        parts_of(texts(tmp_path / "a.jsonl"), healing=same)
 
 
 def test_a_model_without_tokenizer_is_refused():

@@ -113,8 +113,7 @@ def test_refused_conversations_are_left_out_of_other_parts_too(tmp_path):
     ("records", "reasons"),
     [
         (talks(5, answer=""), "5 no answer"),
-        ([*talks(3, answer=""), {"instruction": "the " * 200, "output": "a"}],
-         "(3 no answer, 1 no labelled|1 no labelled token within a block, 3 no answer)"),
+        ([*talks(3, answer=""), *({"instruction": f"{i}", "output": None} for i in range(2))], "5 no answer"),
         ([{"text": " "}] * 2, "2 empty"),
         ([], "nothing is left to read"),
     ],
@@ -123,6 +122,13 @@ def test_a_source_without_any_target_is_refused_with_its_reasons(tmp_path, recor
     said = (
         rf"healing source .*chat\.jsonl has no labelled token: {reasons}.* - give text, or conversations with answers"
     )
+    with pytest.raises(UserError, match=said):
+        healed_on(tmp_path, records)
+
+
+def test_prompts_that_fill_every_block_ask_for_longer_ones(tmp_path):
+    records = [*talks(3, answer=""), *({"instruction": "the " * 200 + f"{i}", "output": "a"} for i in range(4))]
+    said = r"4 no labelled token within a block.* - raise data\.healing_block_tokens \(96\), or give text"
     with pytest.raises(UserError, match=said):
         healed_on(tmp_path, records)
 
@@ -187,6 +193,78 @@ def test_a_source_of_a_mix_that_gives_nothing_is_named(tmp_path):
     empty.write_text("\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"healing source .*empty\.txt has no labelled token: nothing is left to read"):
         parts_of(source, healing=f"{source},{empty}")
+
+
+def with_books(folder: Path, **changes: object) -> Parts:
+    """Return parts where six long documents (sources `books`) are healed on beside many short ones, one to one."""
+    given = documents(range(3, 20))
+    books = write_jsonl(folder / "books.jsonl", [{"text": " ".join([f"d{i}"] * 600)} for i in range(6)])
+    short = write_jsonl(folder / "short.jsonl", [{"text": text} for text in given[30:]])
+    plain = write_jsonl(folder / "plain.jsonl", [{"text": text} for text in given[6:30]])
+    settings = dataclasses.replace(SMALL, healing=f"{books}=1,{short}=1", evaluation=plain, calibration=plain)
+    settings = dataclasses.replace(settings, evaluation_blocks=2, validation_fraction=0.05, **changes)
+    return prepare_blocks(word_tokenizer(), settings, num_calibration=2, seed=0)
+
+
+@pytest.mark.parametrize("blocks", [None, 10, 20, 40])
+def test_a_long_document_takes_neither_part_over(tmp_path, blocks):
+    """A book fills more blocks than all that is wanted; both parts still have one token of it for one of the rest."""
+    parts = with_books(tmp_path, healing_blocks=blocks)
+    (books, short), length = parts.healing.sources, SMALL.healing_block_tokens
+    total = sum(parts.healing.sources.values())
+    assert parts.healing.sources[books] / total == pytest.approx(0.5, abs=0.08)
+    held_out = parts.validation.sources
+    assert min(held_out.values()) > 0
+    assert abs(held_out[books] - held_out[short]) <= 2 * length
+    assert sum(held_out.values()) <= 0.05 * total + 2 * length
+    assert not seen_in(parts.healing.tokens) & seen_in(parts.validation.tokens)
+    assert blocks is None or len(parts.healing) == blocks
+
+
+def test_a_source_of_one_book_is_told_and_trained_on(tmp_path, capsys):
+    """Its beginning is no longer drawn than its share; nothing of it validates."""
+    book = write_jsonl(tmp_path / "book.jsonl", [{"text": "d0 " * 300}])
+    short = write_jsonl(tmp_path / "short.jsonl", [{"text": text} for text in documents()[30:]])
+    parts = parts_of(texts(tmp_path / "plain.jsonl", lengths=range(3, 5)), healing=f"{book},{short}", num_calibration=0)
+    assert parts.healing.sources[book] == 301
+    assert parts.validation.sources[book] == 0
+    assert parts.validation.sources[short] > 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"validation has 0 tokens of {book}, of 60 that are its share: of 1 document none may be in training" in said
+    assert "0 pieces are left out - give more documents" in said
+
+
+def test_few_blocks_of_many_long_documents_are_filled(tmp_path):
+    """The first document alone would fill them all; another one is begun for validation."""
+    for blocks in (2, 3, 10):
+        parts = parts_of(texts(tmp_path / "a.jsonl", lengths=range(100, 120)), healing_blocks=blocks)
+        assert len(parts.healing) == blocks
+        assert 1 <= len(parts.validation) <= max(1, 0.5 * blocks)
+        assert not seen_in(parts.healing.tokens) & seen_in(parts.validation.tokens)
+
+
+def test_pieces_that_neither_part_has_are_counted(tmp_path, capsys):
+    source = texts(tmp_path / "a.jsonl", lengths=range(3, 5))
+    few = write_jsonl(tmp_path / "few.jsonl", [{"text": " ".join([f"d{i}"] * 239)} for i in range(4)])
+    parts = parts_of(source, healing=few, num_calibration=0, validation_fraction=0.1)
+    assert parts.healing.dropped == parts.validation.dropped == {"pieces of a document that validation begins": 6}
+    assert parts.healing.sources == {few: 3 * 240}
+    assert parts.validation.sources == {few: 4 * 24}
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"validation has 96 tokens of {few}, of 96 that are its share: of 4 documents none may be in" in said
+
+
+def test_too_few_blocks_for_every_source_are_told(tmp_path):
+    lengths = range(60, 61)
+    names = [
+        write_jsonl(tmp_path / f"{i}.jsonl", [{"text": text} for text in documents(lengths)[i * 20 : i * 20 + 20]])
+        for i in range(4)
+    ]
+    plain = write_jsonl(tmp_path / "plain.jsonl", [{"text": text} for text in documents()[90:]])
+    with pytest.raises(
+        UserError, match=r"healing source .*3\.jsonl gets no place in 2 blocks .* - raise data\.healing_bl"
+    ):
+        parts_of(plain, healing=",".join(names), healing_blocks=2, num_calibration=0)
 
 
 def test_no_document_is_in_two_parts_of_a_mix(tmp_path):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 from texts import CHATML, FORGETFUL, STRICT, TURNS, chat_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from layerscalpel.decoder import load_decoder
 from layerscalpel.encode import UnusableError, encode, encode_conversation
 
 
-def labelled_runs(tokenizer: PreTrainedTokenizerFast, ids: list[int], labelled: list[bool]) -> list[str]:
+def labelled_runs(tokenizer: PreTrainedTokenizerBase, ids: list[int], labelled: list[bool]) -> list[str]:
     """Return the text of every unbroken run of labelled tokens."""
     runs, before = [], False
     for token, mark in zip(ids, labelled, strict=True):
@@ -57,6 +57,75 @@ def test_a_template_that_refuses_a_role_is_told():
     with pytest.raises(UnusableError, match=said) as caught:
         encode_conversation(chat_tokenizer(STRICT), TURNS)
     assert caught.value.reason == "refused by the chat template"
+
+
+@pytest.mark.parametrize(
+    ("expression", "said"),
+    [
+        ("m['content'] + 1", "TypeError: can only concatenate str"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("m.content.nosuch()", ".* has no attribute 'nosuch'"),
+        ("raise_exception('no\\nroom')", "no room"),
+    ],
+)
+def test_a_template_that_fails_says_how_in_one_line(expression, said):
+    template = "{% for m in messages %}{{ " + expression + " }}{% endfor %}"
+    with pytest.raises(UnusableError, match=rf"chat template refuses a conversation of the data: {said}") as caught:
+        encode_conversation(chat_tokenizer(template), TURNS)
+    assert caught.value.reason == "refused by the chat template"
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_named_templates_without_a_default_are_told():
+    tokenizer = chat_tokenizer({"tool_use": CHATML, "rag": CHATML})
+    with pytest.raises(UnusableError, match=r"multiple chat templates with no default .*\['rag', 'tool_use'\]"):
+        encode_conversation(tokenizer, TURNS)
+    named = chat_tokenizer({"rag": FORGETFUL, "default": CHATML})
+    assert encode_conversation(named, TURNS) == encode_conversation(chat_tokenizer(), TURNS)
+
+
+@pytest.mark.parametrize(
+    "template", ["hello", "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_end|>{% endfor %}"]
+)
+def test_a_template_that_drops_what_was_said_is_told(template):
+    with pytest.raises(UnusableError, match=r"chat template drops the conversation: an answer's last word") as caught:
+        encode_conversation(chat_tokenizer(template), TURNS)
+    assert caught.value.reason == "dropped by the chat template"
+
+
+@pytest.mark.parametrize("messages", [TURNS, TURNS[1:3], TURNS[:2]])
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_tokens_without_places_are_labelled_exactly(messages, cut_off):
+    """This tokenizer has one token a byte and does not tell where they stand."""
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '</s>' }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    ids, labelled = encode_conversation(tokenizer, messages, cut_off=cut_off)
+    answers = [m["content"] + "</s>" for m in messages if m["role"] == "assistant"]
+    if cut_off and answers:
+        answers[-1] = answers[-1].removesuffix("</s>")
+    assert labelled_runs(tokenizer, ids, labelled) == answers
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_both_ways_to_find_answers_agree(monkeypatch, template):
+    tokenizer = chat_tokenizer(template)
+    told = encode_conversation(tokenizer, TURNS)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    assert encode_conversation(tokenizer, TURNS) == told
+
+
+def test_tokens_over_an_edge_are_refused_where_places_are_not_told(monkeypatch):
+    """`the` is one token of this tokenizer, here half of it in the prompt."""
+    tokenizer = chat_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    turns = [{"role": "user", "content": "what is t"}, {"role": "assistant", "content": "he answer"}]
+    assert any(encode_conversation(tokenizer, turns)[1])
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    with pytest.raises(
+        UnusableError, match=r"tokenizer joins prompts and answers, .* - use a fast tokenizer"
+    ) as caught:
+        encode_conversation(tokenizer, turns)
+    assert caught.value.reason == "joined by the tokenizer"
 
 
 @pytest.mark.parametrize("template", [CHATML, None])

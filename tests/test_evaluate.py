@@ -11,50 +11,19 @@ import torch
 import torch.nn.functional as F  # noqa: N812, the name everybody knows it by
 from families import VOCAB, tiny
 from planted import mean_kl, random_blocks
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from layerscalpel import losses
 from layerscalpel.errors import UserError
-from layerscalpel.evaluate import PROMPTS, Quality, Reference, evaluate, final_hidden, write_samples
+from layerscalpel.evaluate import Quality, Reference, evaluate, final_hidden
 from layerscalpel.probe import find_layers
 
 BLOCKS = random_blocks(5, labelled_fraction=0.4)
-TEMPLATE = "{% for m in messages %}user {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}bot{% endif %}"
 
 
 def measured(student: Any, parent: Any, batch_size: int = 4) -> Quality:
     decoder = find_layers(parent)
     hidden = final_hidden(decoder, BLOCKS.tokens, batch_size=batch_size, label="parent")
     return evaluate(find_layers(student), BLOCKS, Reference(decoder, hidden), batch_size=batch_size)
-
-
-def word_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that knows the words of the prompts and fills the rest of the vocabulary."""
-    split = Whitespace()
-    words = dict.fromkeys(word for prompt in PROMPTS for word, _ in split.pre_tokenize_str(prompt))
-    names = ["<pad>", "<s>", "</s>", "<unk>", "user", "bot", *words]
-    names += [f"w{i}" for i in range(len(names), VOCAB)]
-    model = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    model.pre_tokenizer = split
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def written_greedily(model: Any, tokenizer: Any, text: str, count: int) -> str:
-    """Append the most likely token, without a cache, until the end-of-text token."""
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    given = ids.shape[1]
-    for _ in range(count):
-        with torch.no_grad():
-            token = model(ids, use_cache=False).logits[:, -1:].argmax(-1)
-        ids = torch.cat([ids, token], dim=1)
-        if token.item() == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(ids[0, given:], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "opt", "granite"])
@@ -136,21 +105,6 @@ def test_without_a_parent_only_perplexity_is_measured() -> None:
 def test_one_block_gives_json_without_nan() -> None:
     found = evaluate(find_layers(tiny("llama")), random_blocks(1), None).to_dict()
     assert json.loads(json.dumps(found, allow_nan=False))["ppl"]["se"] is None
-
-
-@pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_samples_are_one_greedy_text_per_prompt(template: str | None) -> None:
-    model, tokenizer = tiny("llama"), word_tokenizer(template)
-    samples = write_samples(model, tokenizer, num_tokens=6, label="samples")
-    assert [sample["prompt"] for sample in samples] == list(PROMPTS)
-    for sample in samples:
-        asked = sample["prompt"] if template is None else f"user {sample['prompt']} bot"
-        assert sample["text"] == written_greedily(model, tokenizer, asked, 6)
-    assert len({sample["text"] for sample in samples}) > 1
-
-
-def test_no_samples_are_written_when_switched_off() -> None:
-    assert write_samples(tiny("llama"), word_tokenizer(None), num_tokens=0, label="samples") == []
 
 
 def test_model_that_computes_nan_is_a_user_error() -> None:

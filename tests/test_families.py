@@ -7,14 +7,12 @@ and the whole matrix at all five places (make test-slow).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 import sweep
 from families import tiny
 
 from layerscalpel.probe import find_layers
-from layerscalpel.witness import Witness
 
 ALWAYS = ("llama", "mixtral", "gemma3_text", "gpt2", "mamba2")
 """Plain, experts, sliding windows, learned positions (Conv1D), no attention."""
@@ -23,22 +21,16 @@ SLOW = ("smollm3", "bloom", "deepseek_v3", "lfm2", "qwen3_next")
 COMMITTED = json.loads((sweep.ROOT / "docs/benchmarks/families.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def witness() -> Iterator[Witness]:
-    with Witness() as process:
-        yield process
-
-
 @pytest.mark.parametrize("family", [*ALWAYS, *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)])
-def test_a_family_is_cut_in_the_middle(family, witness):
-    found = sweep.try_family(family, witness, ["middle"])
+def test_a_family_is_cut_in_the_middle(family, fresh):
+    found = sweep.try_family(family, fresh, ["middle"])
     assert found["status"] == "proven", found["reason"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sweep.NAMED)
-def test_the_whole_matrix(family, witness):
-    found = sweep.try_family(family, witness)
+def test_the_whole_matrix(family, fresh):
+    found = sweep.try_family(family, fresh)
     assert found["status"] == COMMITTED["families"][family]["status"], found["reason"]
     proven = {place for place, answer in found["positions"].items() if answer == "proven"}
     assert proven == {p for p, answer in COMMITTED["families"][family]["positions"].items() if answer == "proven"}
@@ -61,7 +53,7 @@ def test_places_cover_both_ends():
     assert len(places["half"]) == 15
 
 
-def test_a_family_that_computes_with_its_layer_numbers_is_refused(witness):
+def test_a_family_that_computes_with_its_layer_numbers_is_refused(fresh):
     """The oracle of the sweep can fail: a family whose cut would compute something else is not proven."""
     from layerscalpel.errors import UserError
     from layerscalpel.proof import prove_twin
@@ -69,4 +61,4 @@ def test_a_family_that_computes_with_its_layer_numbers_is_refused(witness):
     twin = tiny("gpt2", scale_attn_by_inverse_layer_idx=True)
     places = sweep.segments(len(find_layers(twin)))
     with pytest.raises(UserError, match=r"attn\.scaling goes from"):
-        prove_twin(witness, twin, places["middle"])
+        prove_twin(fresh, twin, places["middle"])

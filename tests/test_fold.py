@@ -7,6 +7,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def refusals(family: str, start: int = START) -> dict[str, str]:
     return rehearse(decoder_of(family), start, CANDIDATES)[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "granite", "gpt2", "qwen2", "phi3"])
+@families(["llama", "granite", "gpt2", "qwen2", "phi3"], slow=("qwen2", "phi3"))
 def test_rehearsal_passes_what_can_be_folded(family: str) -> None:
     assert refusals(family).keys() == (set() if family in ROTATES else {"rotation"})
 
@@ -362,8 +363,13 @@ def test_embeddings_stay_tied_under_a_scale_and_come_apart_under_a_rotation(tied
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "qwen3", "recurrent_gemma"])
-@pytest.mark.parametrize("name", ["scalar", "rotation"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    by_tier(
+        product(["llama", "qwen3", "recurrent_gemma"], ["scalar", "rotation"]),
+        everyday=[("llama", "rotation"), ("qwen3", "scalar"), ("recurrent_gemma", "rotation")],
+    ),
+)
 def test_folded_checkpoint_loads_with_the_same_logits(tmp_path: Path, family: str, name: str) -> None:
     tied = {"tie_word_embeddings": True}
     decoder, ids = find_layers(tiny(family, **tied)), tokens(2)

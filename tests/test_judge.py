@@ -101,7 +101,7 @@ def test_after_a_stitch_the_bare_cut_is_the_measure(cut: Path, world: Path) -> N
     assert scalpel(world, "--redo", "stitch", "--no-verify", "--until", "heal") == 0
 
 
-def test_a_recipe_that_heals_after_one_that_ruined(cut: Path, world: Path, capsys) -> None:
+def test_a_recipe_that_heals_after_one_that_ruined(cut: Path, world: Path, capsys, without_drawings) -> None:
     assert healed(world, lr=1e-3, objective="kl", epochs=2) == 0
     heal = json.loads((cut / "results.json").read_text(encoding="utf-8"))["heal"]
     assert heal["kl_nats"]["after"]["value"] < heal["kl_nats"]["before"]["value"]
@@ -110,7 +110,7 @@ def test_a_recipe_that_heals_after_one_that_ruined(cut: Path, world: Path, capsy
     assert "ealing failed" not in "".join(capsys.readouterr()) + (cut / "README.md").read_text(encoding="utf-8")
 
 
-def test_steps_that_never_helped_are_not_measured_again(cut: Path, world: Path) -> None:
+def test_steps_that_never_helped_are_not_measured_again(cut: Path, world: Path, without_drawings) -> None:
     assert healed(world, lr=5.0, objective="kl", warmup_fraction=0) == 0
     heal = json.loads((cut / "results.json").read_text(encoding="utf-8"))["heal"]
     assert (heal["best_step"], heal["failed"]) == (0, False)

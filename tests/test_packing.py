@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import tiny, tokens
 
-from layerscalpel.packing import Document, Sample, lay_out, pack_whole, pieces
+from layerscalpel.packing import Document, Sample, lay_out, num_tokens, pack_whole, pieces, set_aside
 
 END = 0
 
@@ -42,6 +42,13 @@ def test_packing_keeps_samples_whole_and_once(seed):
     assert [packed[i + 1] for i in range(300)] == [(given.ids, given.labelled) for given in samples]
 
 
+def test_the_first_blocks_hold_the_first_samples():
+    """Full blocks and half empty ones by turns: all stay in the order in which they were begun."""
+    samples = [sample([i + 1] * (20 if i % 2 else 11)) for i in range(400)]
+    first = [block[0].ids[0] for block in pack_whole(samples, 20)]
+    assert first == [*range(1, 401)]
+
+
 def test_packing_wastes_little():
     samples = [sample([1] * size) for size in [5, 10, 5, 15, 10, 5, 10] * 20]
     assert len(pack_whole(samples, 20)) <= 65  # 60 when perfect
@@ -70,6 +77,81 @@ def test_a_text_is_cut_and_a_conversation_is_shortened():
     ]
     assert list(pieces(ids, labelled, 4, whole=True)) == [([1, 2, 3, 4], [False, True, True, True])]
     assert list(pieces(ids[:4], labelled[:4], 4, whole=False)) == [([1, 2, 3, 4], [False, True, True, True])]
+
+
+# ---------------------------------------------------------------------------------------------- kept aside
+
+
+def drawn(*sources: list[int], length: int = 10) -> list[Sample]:
+    """Return samples of documents of so many tokens, one source after the other; the i-th document says i."""
+    samples = []
+    for name, sizes in zip("abc", sources, strict=False):
+        for size in sizes:
+            document = Document(name)
+            said = [len({sample.document for sample in samples})] * size
+            samples += [Sample(*piece, document) for piece in pieces(said, [True] * size, length, whole=False)]
+    return samples
+
+
+def of_source(samples: list[Sample], name: str) -> int:
+    return num_tokens([sample for sample in samples if sample.document.source == name])
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("fraction", [0.001, 0.05, 0.2, 0.5])
+def test_validation_has_its_fraction_of_every_source(seed, fraction):
+    draw = random.Random(seed)
+    longest = [draw.choice([3, 30, 90]) for _ in range(3)]
+    samples = drawn(*([draw.randint(2, size) for _ in range(draw.randint(30, 60))] for size in longest))
+    draw.shuffle(samples)
+    training, validation, shares = set_aside(samples, 10, fraction)
+    assert not {s.document for s in training} & {s.document for s in validation}
+    order = {id(sample): i for i, sample in enumerate(samples)}
+    for part in (training, validation):
+        places = [order[id(sample)] for sample in part]
+        assert places == sorted(places), "another order than that of the draw"
+    wanted = max(fraction, 10 / num_tokens(samples))
+    assert [share.source for share in shares] == [*dict.fromkeys(sample.document.source for sample in samples)]
+    for share in shares:
+        of_all, aside = of_source(samples, share.source), of_source(validation, share.source)
+        assert share.tokens == aside
+        assert share.wanted == pytest.approx(wanted * of_all)
+        assert wanted * of_all / 2 <= aside < wanted * of_all + 10, "a piece more at most"
+        assert not share.left_out or share.is_short
+    num_left_out = len(samples) - len(training) - len(validation)
+    assert num_left_out == sum(share.left_out for share in shares)
+    assert num_left_out == 0 or fraction * min(of_source(samples, name) for name in "abc") < 90
+
+
+def test_of_long_documents_one_is_begun():
+    """The shortest; the rest of it is for nobody."""
+    training, validation, (share,) = set_aside(drawn([200, 40, 50, 60]), 10, 0.05)
+    assert [sample.ids for sample in validation] == [[1] * 10] * 2
+    assert num_tokens(training) == 310
+    assert (share.wanted, share.tokens, share.left_out, share.is_short) == (17.5, 20, 2, True)
+
+
+def test_validation_has_a_block_at_least_and_half_at_most():
+    assert num_tokens(set_aside(drawn([2] * 50), 10, 0.001)[1]) == 10
+    training, validation, _ = set_aside(drawn([2] * 6), 10, 0.001)
+    assert num_tokens(training) == num_tokens(validation) == 6
+
+
+def test_a_source_of_one_document_trains():
+    training, validation, shares = set_aside(drawn([90], [5] * 40), 10, 0.05)
+    assert of_source(training, "a") == 90
+    assert of_source(validation, "b") == 10
+    assert [(share.num_documents, share.tokens, share.is_short) for share in shares] == [(1, 0, True), (40, 10, False)]
+    assert set_aside(drawn([90]), 10, 0.5)[1] == []
+
+
+def test_training_keeps_the_only_long_document():
+    training, validation, (share,) = set_aside(drawn([4, 4, 900]), 10, 0.2)
+    assert (num_tokens(training), num_tokens(validation)) == (900, 8)
+    assert share.is_short
+
+
+# ---------------------------------------------------------------------------------------------- what blocks are for
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])

@@ -1,8 +1,7 @@
 """Several processes find what one finds, one of them writes, and all end together.
 
-The file is its own worker: under `torch.distributed.run` every process saves its `answers()`, and two of them search by
-the command line too. A launch takes seconds, most of them to import torch, so there is one of that kind; the four
-processes are forked from one that has imported it.
+Every process returns its `answers()`, and two of them search by the command line too. They are forked from this one,
+which has imported torch; a launch by `torch.distributed.run` takes seconds to, so there is one of what needs least.
 """
 
 from __future__ import annotations
@@ -12,11 +11,8 @@ import dataclasses
 import io
 import json
 import math
-import multiprocessing
-import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +24,7 @@ import torch
 from checkpoints import names
 from families import tiny, tokens
 from planted import one_by_one, random_blocks, silence
+from processes import forked
 from world import write_model, write_recipe, write_texts
 
 from layerscalpel import cli, parallel
@@ -134,47 +131,21 @@ def searches(folder: Path) -> dict[str, Any]:
     }
 
 
+def all_answers(folder: Path) -> dict[str, Any]:
+    """Return what a process finds by functions and by the command line."""
+    return answers() | searches(folder)
+
+
 @pytest.fixture(scope="module")
-def two(small: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def two(small: Path) -> list[dict[str, Any]]:
     """What each of two processes found, by functions and by the command line."""
-    return found_by(2, tmp_path_factory.mktemp("two"), small)
+    return forked(2, all_answers, small)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def together(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What each of two or four processes found."""
-    return request.getfixturevalue("two") if request.param == 2 else forked(4, tmp_path_factory.mktemp("four"))
-
-
-def forked(num_processes: int, folder: Path) -> list[dict[str, Any]]:
-    """Return what each of several processes found, forked from a server that has imported this module."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_parallel"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [context.Process(target=save_answers, args=(rank, num_processes, port, folder)) for rank in range(4)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(timeout=120)
-    assert [child.exitcode for child in children] == [0] * num_processes
-    return [torch.load(folder / f"{rank}.pt") for rank in range(num_processes)]
-
-
-def save_answers(rank: int, num_processes: int, port: int, folder: Path) -> None:
-    """Be one process of several, as a launcher would have started it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    parallel.join("cpu")
-    torch.save(answers(), folder / f"{rank}.pt")
-
-
-def found_by(num_processes: int, folder: Path, *more: Path) -> list[dict[str, Any]]:
-    done = launched(num_processes, __file__, folder, *more)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{rank}.pt") for rank in range(num_processes)]
+    return request.getfixturevalue("two") if request.param == 2 else forked(4, answers)
 
 
 def without_seconds(found: Any) -> Any:
@@ -288,6 +259,12 @@ def test_a_mistake_that_only_the_writer_sees_ends_all(small: Path, two) -> None:
     assert (helper["stdout"], helper["stderr"]) == ("", "")
 
 
+def test_a_launch_meets_and_ends(small: Path, two) -> None:
+    done = launched(2, "-m", "layerscalpel", *of_search(small, "two"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is finished; nothing to do") == 2
+
+
 @pytest.mark.slow
 def test_a_launch_ends_with_the_mistake_of_the_writer(small: Path, two) -> None:
     before = names(small / "two")
@@ -297,10 +274,3 @@ def test_a_launch_ends_with_the_mistake_of_the_writer(small: Path, two) -> None:
     assert line.startswith(f"scalpel: folder {small}/two was made with other settings: seed: 0 -> 5")
     assert "exitcode  : 2" in done.stderr
     assert names(small / "two") == before
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    parallel.join("cpu")
-    found = answers() if len(sys.argv) == 2 else answers() | searches(Path(sys.argv[2]))
-    torch.save(found, Path(sys.argv[1]) / f"{parallel.rank()}.pt")

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterator
 import pytest
 import torch
 from families import FAMILIES, RULES, tiny, tokens
+from healing import by_tier
 from planted import naive_scores, one_by_one
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -28,9 +29,17 @@ REFUSED = {"gemma3n_text": "read the keys and values of other layers"}
 """Layers whose arguments are made by earlier ones, which a layer alone would not get."""
 REMOVALS: list[Removal] = [*(window(start, 2) for start in range(7)), (1, 4), (0,), (7,)]
 ALL = [*FAMILIES, *RULES]
+ALIKE = ("mistral", "qwen3", "phi3", "olmo2", "olmo3", "cohere2", "exaone4", "gpt_neox", "qwen2_moe", "glm4_moe")
+"""Families whose layers are given what those of another one here are given; for the slow tier."""
 
 
-@pytest.mark.parametrize("family", [family for family in ALL if family not in REFUSED])
+@pytest.mark.parametrize(
+    "family",
+    by_tier(
+        [family for family in ALL if family not in REFUSED],
+        everyday=[family for family in ALL if family not in (*REFUSED, *ALIKE)],
+    ),
+)
 def test_layer_by_layer_equals_block_by_block(family: str) -> None:
     decoder, ids = find_layers(tiny(family)), tokens(3)
     apart = one_by_one(decoder)

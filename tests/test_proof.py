@@ -269,7 +269,7 @@ def test_shortening_the_lists_from_the_front_is_not_enough(family, bounds, tmp_p
         prove_logits(SAME, folder, expected_of(family, segment), generate=False)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "bloom"])
+@pytest.mark.parametrize("family", ["llama", slow("gpt2"), slow("qwen3"), "bloom"])
 def test_where_there_is_no_trap_the_count_is_enough(family, tmp_path):
     """So the tests above fail for what they name."""
     folder = cut_both_ways(tmp_path, family, SEGMENT, slices=True)

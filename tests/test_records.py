@@ -58,10 +58,12 @@ def test_every_form_has_an_example():
     assert found == set(FORMS)
 
 
-def test_a_text_comes_before_what_it_was_made_from():
-    record = {"text": "q a", "instruction": "q", "output": "a", "messages": TURNS}
-    assert checked_record(record, "") == {"text": "q a"}
-    assert checked_record(record, "", ("instruction/input/output",)) == {"messages": [user("q"), assistant("a")]}
+def test_a_text_comes_after_what_it_was_made_from():
+    """Beside the fields of a conversation it is prompt and answer in the template of another model."""
+    for record, messages in EXAMPLES[1:]:
+        assert checked_record({"text": "### Instruction: q ### Response: a"} | record, "") == {"messages": messages}
+    others = dict.fromkeys(("instruction", "output", "messages", "conversations", "prompt", "question", "answer"))
+    assert checked_record({"text": "t"} | others, "") == {"text": "t"}, "columns of other rows of a table"
 
 
 # ---------------------------------------------------------------------------------------------- mixes
@@ -122,7 +124,8 @@ def test_every_file_of_a_mix_is_part_of_what_a_run_is_made_of(tmp_path):
     for name in names:
         write_jsonl(Path(name), [{"text": "other words"}])
         after = fingerprints(config)
-        assert after["search"] != before["search"], name
+        assert after["heal"] != before["heal"], name
+        assert after["search"] == before["search"], "which reads none of it"
         before = after
 
 
@@ -208,23 +211,116 @@ def test_a_broken_line_is_named(tmp_path):
         find_source(str(path)).read(0)
 
 
+def test_a_file_of_an_array_holds_the_same(tmp_path):
+    records = [{"instruction": f"q{i}", "input": "", "output": f"a{i}", "text": f"q{i} a{i}"} for i in range(9)]
+    lines = write_jsonl(tmp_path / "a.jsonl", records)
+    expected = list(find_source(lines).read(3))
+    array = json.dumps(records, indent=1).encode("utf-8-sig")
+    written = {"a.json": array, "a.json.gz": gzip.compress(array), "A.JSON": array, "A.JSON.GZ": gzip.compress(array)}
+    written |= {"B.JSONL": (content := Path(lines).read_bytes()), "b.Jsonl.gz": gzip.compress(content)}
+    for name, content in written.items():
+        (tmp_path / name).write_bytes(content)
+        assert list(find_source(str(tmp_path / name)).read(3)) == expected, name
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.md", "a.md.gz", "a.txt.GZ"])
+def test_paragraphs_are_records(tmp_path, name):
+    content = b"# first\n\nsecond"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    assert sorted(r["text"] for r in find_source(str(tmp_path / name)).read(0)) == ["# first", "second"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl.zip", "a", "a.gz", "jsonl"])
+def test_a_file_of_another_kind_is_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_text("instruction,output\nq,a\n", encoding="utf-8")
+    said = (
+        rf"file .*{name} is of no known kind - allowed: \.jsonl, \.json, \.txt, \.md \(or \.gz of it\) - rename or conv"
+    )
+    with pytest.raises(UserError, match=said):
+        find_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            '{"text": "a"}\n{"text": "b"}\n',
+            r"a\.json:2 is no JSON \(Extra data\) - allowed: an array of records; a file w",
+        ),
+        (
+            '{"data": []}',
+            r"file .*a\.json holds no array - allowed: an array of records; a file with one record a line is",
+        ),
+        ('[{"text": "a"},\n{"text": }]', r"a\.json:2 is no JSON \(Expecting value\)"),
+        ('[{"text": "a"}, {"txt": "b"}]', r"a\.json record 2 has the fields \['txt'\]"),
+        ("", r"a\.json:1 is no JSON"),
+    ],
+)
+def test_an_array_that_is_none_is_refused(tmp_path, content, said):
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        find_source(str(tmp_path / "a.json")).read(0)
+
+
+@pytest.mark.parametrize("line", ["[" * 200_000 + "]" * 200_000, '{"text": "a", "number": ' + "1" * 5000 + "}"])
+def test_json_that_cannot_be_read_is_named(tmp_path, line):
+    """Nested too deep; a number of more digits than Python reads."""
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a"}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl:2 cannot be read as JSON \(.*\) - one record a line") as refused:
+        find_source(str(tmp_path / "a.jsonl")).read(0)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+HALF = "bad \\ud83d half"
+
+
+@pytest.mark.parametrize("record", ['{"text": "%s"}', '{"instruction": "a", "output": "%s"}'])
+def test_half_a_character_is_named(tmp_path, record):
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude42 whole"}\n' + record % HALF, encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:2 holds half a character \(U\+D83D alone\) - allowed: whole ones - mend"
+    ):
+        find_source(str(tmp_path / "a.jsonl")).read(0)
+
+
+PARTS = [{"type": "text", "text": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"text": 3}, "`text` is 3 - allowed: a string"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "`input` is 3 - allowed: a string"),
+        ({"instruction": "a", "output": 0, "text": "a b"}, "`output` is 0 - allowed: a string"),
+        ({"instruction": ["a"], "output": "b"}, "`instruction` is a list - allowed: a string"),
+        ({"question": "a", "answer": 2}, "`answer` is 2 - allowed: a string"),
+        ({"question": {}, "answer": "b"}, "`question` is an object - allowed: a string"),
+        ({"prompt": "a", "completion": [assistant("b")]}, "`completion` is a list - allowed: a string"),
+        ({"prompt": [user("a")], "completion": "b"}, "`completion` is 'b' - allowed: a list of `role` and `content`"),
+        ({"messages": "a"}, "`messages` is 'a' - allowed: a list of `role` and `content`"),
+        ({"messages": ["a"]}, r"`messages\[0\]` is 'a' - allowed: an object with `role` and `content`"),
+        ({"messages": [{"content": "a"}]}, r"`messages\[0\]\.role` is null or missing - allowed: system, "),
+        ({"messages": [user("a"), {"role": "model", "content": "b"}]},
+         r"`messages\[1\]\.role` is 'model' - allowed: system, developer, user, assistant, tool, function"),
+        ({"messages": [{"role": ["user"], "content": "b"}]}, r"`messages\[0\]\.role` is a list - allowed: system"),
+        ({"messages": [{"role": "user"}]}, r"`messages\[0\]\.content` is null or missing - allowed: a string"),
+        ({"messages": [user("a"), {"role": "assistant", "content": PARTS}]}, r"`messages\[1\]\.content` is a list - "),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, r"`conversations\[0\]\.from` is 'bot' - allowed: human, "),
+        ({"conversations": [{"from": "human"}]}, r"`conversations\[0\]\.value` is null or missing - allowed: a string"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named(tmp_path, record, said):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, record])
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: {said}.* - mend the record or leave it out$"):
+        find_source(source).read(0)
+
+
 @pytest.mark.parametrize(
     ("record", "said"),
     [
         ({"txt": "a"}, r"\['txt'\]"),
-        ({"text": 3}, r"\['text'\]"),
-        ({"text": None}, r"\['text'\]"),
         ({"instruction": "a"}, r"\['instruction'\]"),
-        ({"messages": "a"}, r"\['messages'\]"),
-        ({"messages": [{"role": "user"}]}, r"\['messages'\]"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"\['messages'\]"),
         ({"prompt": "a", "chosen": "b"}, r"\['chosen', 'prompt'\]"),
-        ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, r"\['completion', 'prompt'\]"),
-        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, r"\['completion', 'prompt'\]"),
-        ({"question": "a", "answer": 2}, r"\['answer', 'question'\]"),
-        ({"conversations": [{"from": "bot", "value": "a"}]}, r"\['conversations'\]"),
-        ({"conversations": [{"from": "human"}]}, r"\['conversations'\]"),
-        ({"instruction": "a", "input": 3, "output": "b"}, r"\['input', 'instruction', 'output'\]"),
         ([1], "list"),
         ("a", "str"),
         ({}, "dict"),
@@ -232,8 +328,39 @@ def test_a_broken_line_is_named(tmp_path):
 )
 def test_a_record_of_another_form_is_refused(tmp_path, record, said):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, record])
-    with pytest.raises(UserError, match=rf"a\.jsonl:2 has the fields {said} - allowed: text, or instruction/input"):
+    with pytest.raises(
+        UserError, match=rf"a\.jsonl:2 has the fields {said} - allowed: instruction/input/output, or messages"
+    ):
         find_source(source).read(0)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "q", "output": None},
+        {"instruction": "q", "output": None, "text": "q a"},
+        {"prompt": "q", "completion": None},
+        {"question": "q", "answer": None},
+        {"messages": [user("q"), {"role": "assistant", "content": None}]},
+        {"messages": [user("q"), {"role": "assistant"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": None}]},
+    ],
+)
+def test_no_answer_is_a_blank_one(record):
+    assert checked_record(record, "") == {"messages": [user("q"), assistant("")]}
+
+
+def test_what_calls_a_tool_keeps_its_fields():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    turns = [user("q"), call, {"role": "tool", "content": "2"}, assistant("a")]
+    assert checked_record({"messages": turns}, "")["messages"] == [user("q"), call | {"content": ""}, *turns[2:]]
+    assert call["content"] is None
+
+
+def test_null_is_an_empty_text():
+    assert checked_record({"text": None}, "") == {"text": ""}
+    unanswered = {"prompt": [user("q")], "completion": None}
+    assert checked_record(unanswered, "") == {"messages": [user("q")]}
 
 
 def test_other_fields_of_a_record_are_left_out():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import SameProcess
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from world import write_texts
 
 from layerscalpel import aside, checkpoint, stages, training
 from layerscalpel.cli import main
@@ -18,8 +19,8 @@ from layerscalpel.rundir import STAGES
 
 
 @pytest.fixture(autouse=True)
-def in_this_process(monkeypatch) -> None:
-    """Of all the cuts in this file only that of `finished`, which is made before this is set, starts a process."""
+def in_this_process(monkeypatch, without_drawings) -> None:
+    """Only `finished`, which is made before this is set, is cut beside a fresh process and has a page with drawings."""
     monkeypatch.setattr(checkpoint, "Witness", SameProcess)
 
 
@@ -76,8 +77,9 @@ def test_long_texts_are_measured_by_position(finished: Path) -> None:
 
 
 def test_too_little_text_for_a_long_one_ends_no_run(world: Path, capsys) -> None:
-    few = ["--set", "evaluate.long_blocks=999", "--search", "last", "--until", "evaluate"]
-    assert scalpel(world, "run", "few-long", *few) == 0
+    text = write_texts(world / "few.jsonl", count=30, seed=1)
+    few = ["--set", "evaluate.long_blocks=999", "--set", f"data.evaluation={text}", "--search", "last"]
+    assert scalpel(world, "run", "few-long", *few, "--until", "evaluate") == 0
     results = results_of(world / "few-long")
     assert 0 < results["data"]["long"]["num_blocks"] < 999
     assert "of 999 texts of 128 tokens" in results["evaluate"]["long_note"]
@@ -232,7 +234,7 @@ def test_a_given_segment_skips_the_search(world: Path) -> None:
     assert "search" not in results_of(world / "given")
 
 
-def test_an_interruption_ends_with_130_and_goes_on(world: Path, monkeypatch) -> None:
+def test_an_interruption_ends_with_130_and_goes_on(finished: Path, world: Path, monkeypatch) -> None:
     own = training.Training._step
     calls = []
 
@@ -247,9 +249,9 @@ def test_an_interruption_ends_with_130_and_goes_on(world: Path, monkeypatch) -> 
     assert "heal" not in results_of(world / "broken")
     assert (world / "broken" / "heal" / "state.pt").is_file()
     assert scalpel(world, "run", "broken", "--until", "heal") == 0
-    assert scalpel(world, "run", "whole", "--until", "heal") == 0
     broken, whole = (
-        AutoModelForCausalLM.from_pretrained(world / out / "heal" / "model").state_dict() for out in ("broken", "whole")
+        AutoModelForCausalLM.from_pretrained(folder / "heal" / "model").state_dict()
+        for folder in (world / "broken", finished)
     )
     assert all(torch.equal(broken[name], whole[name]) for name in whole)
 
@@ -280,8 +282,9 @@ def test_one_model_alone_is_evaluated_without_kl(world: Path) -> None:
 
 def test_compare_lists_final_models(finished: Path, capsys) -> None:
     assert main(["compare", str(finished), str(finished), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["model"] for row in rows[str(finished)]] == ["parent", "cut", "healed"]
+    found = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in found["rows"]] == ["cut", "healed"]
+    assert found["notes"] == [f"{finished} is named twice: it counts once"]
     assert main(["compare", str(finished)]) == 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import VOCAB, tiny
+from healing import by_tier
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from world import byte_tokenizer, write_texts
@@ -97,7 +98,7 @@ def test_the_bound_on_frequencies_tells_a_wrong_sampler(wrong: dict) -> None:
     assert chi_square_deviation(found[:, 1], log_probs_V) > 2 * MOST_DEVIATION
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom"])
+@pytest.mark.parametrize("family", by_tier(["llama", "gemma2", "gpt2", "bloom"], everyday=["gemma2", "gpt2"]))
 def test_every_later_token_follows_the_models_distribution(family: str) -> None:
     """With caches, windows shorter than the block (gemma2) and text that goes on past its end."""
     model = tiny(family)

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterator, MutableMapping
 import pytest
 import torch
 from families import tiny, tokens
+from healing import by_tier
 from planted import naive_scores
 from torch import Tensor
 
@@ -60,7 +61,7 @@ class Watched(MutableMapping[Hashable, Tensor]):
         return len(self.held)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_tier(FAMILIES, everyday=["bloom", "gemma3_text"]))
 def test_removals_of_any_shape_score_as_one_forward_each(family: str) -> None:
     decoder, ids = find_layers(tiny(family)), tokens(2)
     removals = [*WINDOWS, *NESTED, *PAIRS, *subsets(20, seed=1)]

@@ -11,7 +11,7 @@ import pytest
 from findings import VARIANTS, full_results, old_results, rates_results, two_run_results
 from rich.console import Console
 
-from layerscalpel.tables import comparison_table, print_results
+from layerscalpel.tables import print_results
 
 
 def printed(results: dict[str, Any], width: int = 400) -> str:
@@ -53,13 +53,10 @@ def test_target_and_the_best_of_every_length_are_printed():
     assert lengths == [str(n) for n in range(1, 16)]
 
 
-def test_two_runs_are_printed_and_compared():
+def test_two_runs_are_printed():
     results = two_run_results()
     assert "without layers 10..11 (segment [10, 12)) and layers 17..20 (segment [17, 21)), 6 of 30" in printed(results)
     assert "The best of 133 pairs of runs" in printed(results)
-    table = comparison_table({"one": full_results(), "two": results, "old": old_results()})
-    removed = next(list(column.cells) for column in table.columns if column.header == "removed")
-    assert removed == ["-", "[13, 19)", "[10, 12) + [17, 21)", "[13, 19)"]
 
 
 def test_pilots_are_a_table_that_names_the_one_taken():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import tiny, tokens
+from healing import by_tier
 from planted import silence
 from world import byte_tokenizer, write_recipe, write_texts
 
@@ -51,8 +53,13 @@ def refuse(*refused: Removal):
     return lambda removal: "a rule would shift" if removal in refused else None
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize(("start", "num_layers"), [(0, 1), (3, 2), (4, 3), (2, 4)])
+@pytest.mark.parametrize(
+    ("family", "start", "num_layers"),
+    by_tier(
+        [(family, *place) for family, place in product(["llama", "gemma3_text"], [(0, 1), (3, 2), (4, 3), (2, 4)])],
+        everyday=[("llama", 0, 1), ("gemma3_text", 3, 2), ("gemma3_text", 4, 3), ("llama", 2, 4)],
+    ),
+)
 def test_a_tiny_kl_removes_exactly_the_layers_that_do_nothing(family: str, start: int, num_layers: int) -> None:
     found, facts = aimed(planted(start, num_layers, family), TargetSettings(max_kl=NO_NATS))
     assert found.num_removed == facts["num_removed"] == num_layers
@@ -135,9 +142,17 @@ def test_more_than_half_the_layers_are_raced_on_their_own() -> None:
     assert SEARCHES["exact"].find(found).scores.keys() == {"0", "1", "2"}
 
 
-@pytest.mark.parametrize("method", ["exact", "clp", "gate", "angular", "influence"])
-@pytest.mark.parametrize("family", ["llama", "glm4_moe"])
-@pytest.mark.parametrize("all_rates", [False, True])
+@pytest.mark.parametrize(
+    ("method", "family", "all_rates"),
+    by_tier(
+        product(["exact", "clp", "gate", "angular", "influence"], ["llama", "glm4_moe"], [False, True]),
+        everyday=[
+            *(("exact", *rest) for rest in product(["llama", "glm4_moe"], [False, True])),
+            *((method, "glm4_moe", all_rates) for method, all_rates in [("clp", False), ("gate", True)]),
+            *(("clp", "llama", True), ("angular", "glm4_moe", False), ("influence", "llama", True)),
+        ],
+    ),
+)
 def test_what_is_cut_leaves_no_more_parameters_than_asked(method: str, family: str, all_rates: bool) -> None:
     decoder = find_layers(tiny(family))
     whole, sizes = num_parameters(decoder.model), layer_parameters(decoder)

@@ -181,7 +181,7 @@ def test_a_rule_by_layer_number_is_refused_by_name():
     assert plan_cut(parent, Segment(6, 8, 8)).traces == {"n_layer": "8 -> 6"}  # no number changes
 
 
-@pytest.mark.parametrize("bounds", [(2, 5), (2, 4), (3, 4)])
+@pytest.mark.parametrize("bounds", [(2, 5), pytest.param((2, 4), marks=pytest.mark.slow), (3, 4)])
 def test_a_period_that_the_config_cannot_tell_is_refused_by_name(bounds):
     said = r"layer \d would change as layer \d: .*<class> goes from Jamba\w+ to Jamba\w+ - a per-layer rule of JambaFor"
     with pytest.raises(UserError, match=said):

@@ -61,9 +61,9 @@ def named_by(method: HealName, student: Decoder) -> set[str]:
         product(METHODS, FAMILIES),
         everyday=[
             *(("endpoint", family) for family in ("gemma3_text", "qwen3_moe")),
-            *(("lora", family) for family in ("gpt2", "bloom", "qwen3_moe")),
+            *(("lora", family) for family in ("gpt2", "qwen3_moe")),
             *(("last", family) for family in ("llama", "bloom")),
-            *(("all", family) for family in ("llama", "gpt2")),
+            ("all", "llama"),
         ],
     ),
 )

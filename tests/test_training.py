@@ -32,9 +32,11 @@ from torch import Tensor
 from layerscalpel.errors import UserError
 from layerscalpel.frozen import Batch, Frozen, Plan
 from layerscalpel.objectives import SeamLoss
+from layerscalpel.resume import StateFile
+from layerscalpel.schedule import learning_rate
 from layerscalpel.segment import Segment
 from layerscalpel.settings import HealName, HealSettings, Objective
-from layerscalpel.training import Training, learning_rate
+from layerscalpel.training import Training
 
 OBJECTIVES: tuple[Objective, ...] = ("ce", "kl", "both")
 
@@ -156,7 +158,7 @@ def test_bfloat16_weights_keep_masters_that_add_up_small_steps(tmp_path: Path) -
 def test_gradients_of_micro_batches_add_up_in_the_masters(tmp_path: Path) -> None:
     student = cut_apart(dtype=torch.bfloat16)
     parameters = [parameter for i in (2, 3) for parameter in student.layers[i].parameters()]
-    training = Training(parameters, QUICK, num_blocks=5, seed=0, state_file=tmp_path / "state.pt")
+    training = Training(parameters, QUICK, num_blocks=5, seed=0, state=StateFile(tmp_path / "state.pt", "key"))
     plan = Plan(2, 4, 2)
     frozen = Frozen(student, None, TRAIN, plan, QUICK, tmp_path / "prefix.bin", room=0)
     loss, alone = SeamLoss(student, None, plan, {"ce": 1.0}), []
@@ -322,13 +324,12 @@ def test_the_same_settings_diverge_with_the_same_words_and_others_begin_anew(
     settings = replace(QUICK, lr=1e-3)
     fresh = heal(cut_apart(), tmp_path / "fresh", settings)
     assert heal(cut_apart(), tmp_path, settings) == fresh
-    assert "had other settings: healing begins anew" in capsys.readouterr().err
+    assert "had other settings, text or weights: healing begins anew" in capsys.readouterr().err
 
 
 def test_a_state_that_cannot_be_written_is_a_user_error_and_the_last_one_stays(tmp_path: Path) -> None:
-    training = Training(
-        [torch.nn.Parameter(torch.zeros(1 << 18))], QUICK, num_blocks=4, seed=0, state_file=tmp_path / "s.pt"
-    )
+    weights, state = [torch.nn.Parameter(torch.zeros(1 << 18))], StateFile(tmp_path / "s.pt", "key")
+    training = Training(weights, QUICK, num_blocks=4, seed=0, state=state)
     training._store()
     kept = (tmp_path / "s.pt").read_bytes()
     with (
@@ -351,7 +352,7 @@ def test_seed_orders_the_blocks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_blocks", [5, 6, 7])
 def test_every_epoch_reads_every_block_once(num_blocks: int, tmp_path: Path) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(1))]
-    training = Training(parameters, QUICK, num_blocks=num_blocks, seed=0, state_file=tmp_path / "s.pt")
+    training = Training(parameters, QUICK, num_blocks=num_blocks, seed=0, state=StateFile(tmp_path / "s.pt", "key"))
     order = torch.cat([training._batch_index(step) for step in range(training.steps)]).tolist()
     first, second = order[:num_blocks], order[num_blocks:]
     assert sorted(first) == sorted(second) == list(range(num_blocks))

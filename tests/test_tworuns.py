@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from checkpoints import SameProcess
 from families import tiny, tokens
+from healing import by_tier
 from planted import changed_layers, mean_kl, naive_scores, silence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from world import byte_tokenizer, write_recipe, write_texts
@@ -51,8 +53,17 @@ def runs_of(*removed: int) -> tuple[Segment, ...]:
     return tuple(segments_of(removed, 8))
 
 
-@pytest.mark.parametrize(("family", "confidence"), [("llama", 0.0), ("bloom", 0.99)])
-@pytest.mark.parametrize("silent", [(1, 5), (1, 5, 6), (0, 1, 3), (2, 4, 5, 6), (0, 7), (0, 1, 6, 7)])
+LLAMA, BLOOM = ("llama", 0.0), ("bloom", 0.99)
+PLANTED = [(1, 5), (1, 5, 6), (0, 1, 3), (2, 4, 5, 6), (0, 7), (0, 1, 6, 7)]
+
+
+@pytest.mark.parametrize(
+    ("silent", "family", "confidence"),
+    by_tier(
+        [(silent, *rest) for silent, rest in product(PLANTED, [LLAMA, BLOOM])],
+        everyday=[(silent, *(LLAMA if i % 2 else BLOOM)) for i, silent in enumerate(PLANTED)],
+    ),
+)
 def test_two_planted_runs_are_found_and_win(silent: Removal, family: str, confidence: float) -> None:
     result = found_in(planted(*silent, family=family), len(silent), replace(SETTINGS, confidence=confidence))
     two = result.details["two_runs"]
@@ -82,7 +93,10 @@ def test_of_equals_the_single_run_wins() -> None:
     assert result.details["two_runs"]["kl_nats"]["value"] == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize(("num_removed", "seed"), [(2, 0), (2, 1), (3, 0), (3, 1), (4, 1)])
+@pytest.mark.parametrize(
+    ("num_removed", "seed"),
+    by_tier([(2, 0), (2, 1), (3, 0), (3, 1), (4, 1)], everyday=[(2, 0), (3, 1), (4, 1)]),
+)
 def test_the_choice_equals_brute_force_given_the_first_run(num_removed: int, seed: int) -> None:
     decoder, ids = find_layers(tiny("llama", seed)), tokens(4)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,12 +37,6 @@ def expected_of(family: str) -> Expected:
 
 def save_cut(folder: Path, family: str) -> Path:
     return save_decoder(cut_model(decoder_of(family), SEGMENT)[0], None, folder / "m")
-
-
-@pytest.fixture(scope="module")
-def fresh() -> Iterator[Witness]:
-    with Witness() as process:
-        yield process
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen2", "bamba"])
@@ -104,17 +97,14 @@ def test_what_a_models_code_prints_is_not_taken_for_an_answer(fresh, tmp_path):
         prove_logits(fresh, folder, expected)
 
 
-def test_a_process_that_dies_is_an_error_with_its_last_words(tmp_path):
-    last_words = "import os, sys\nprint('out of luck', file=sys.stderr, flush=True)\nos._exit(7)"
+def test_code_in_the_current_folder_is_not_run(fresh, mined):
+    assert "error" in fresh.ask({})  # it answers, so it has imported all that it needs
+    assert not (mined / "marker").exists()
+
+
+def test_a_process_that_dies_is_an_error_with_its_last_words(fresh, tmp_path):
+    """The last of this file: the process is that of the others, and what comes after it starts another."""
+    last_words = "import os, sys\nprint('\\nout of luck', file=sys.stderr, flush=True)\nos._exit(7)"
     folder = write_remote(tmp_path / "odd", last_words, num_hidden_layers=5)
-    with Witness() as process:
-        for _ in range(2):  # the second process, too
-            refuse_in(process, folder, r"does not load in a fresh process: out of luck \(exit code 7\) - do not use it")
-
-
-def test_code_in_the_current_folder_is_not_run(tmp_path, monkeypatch):
-    (tmp_path / "tempfile.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').close()\n", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    with Witness() as fresh:
-        assert "error" in fresh.ask({})  # it answers, so it has imported all that it needs
-    assert not (tmp_path / "marker").exists()
+    for _ in range(2):  # it stays dead
+        refuse_in(fresh, folder, r"does not load in a fresh process: out of luck \(exit code 7\) - do not use it")

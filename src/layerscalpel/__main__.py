@@ -2,6 +2,9 @@
 
 import sys
 
-from layerscalpel.cli import main
+try:
+    from layerscalpel.cli import main
 
-sys.exit(main())
+    sys.exit(main())
+except KeyboardInterrupt:  # while it is still being imported
+    sys.exit(130)

@@ -9,21 +9,25 @@ import torch
 from transformers import PreTrainedModel
 
 from layerscalpel import evaluate as quality
-from layerscalpel.benchmark import benchmark
+from layerscalpel.aside import STARTED
 from layerscalpel.card import model_card
 from layerscalpel.checkpoint import cut_checkpoint
 from layerscalpel.config import to_dict
 from layerscalpel.data import prepare_blocks
-from layerscalpel.decoder import load_decoder, num_parameters, weight_bytes
+from layerscalpel.decoder import Loaded, load_decoder, num_parameters, weight_bytes
+from layerscalpel.distances import distances
 from layerscalpel.errors import UserError
+from layerscalpel.exam import prepare_exam, require_tasks
 from layerscalpel.longtext import prepare_check
 from layerscalpel.origin import Origin, peek
 from layerscalpel.probe import find_layers
 from layerscalpel.progress import waiting
-from layerscalpel.records import find_source, require_place_for_self
-from layerscalpel.rundir import software, write_json
+from layerscalpel.records import find_source, require_place_for_self, sources_in
+from layerscalpel.rundir import file_identity, software, write_json
 from layerscalpel.segment import parse_segment
 from layerscalpel.settings import Config
+from layerscalpel.speed import measure_speed, require_context
+from layerscalpel.writing import probe
 
 
 def cut_alone(config: Config, out: Path) -> dict[str, Any]:
@@ -55,33 +59,50 @@ def cut_alone(config: Config, out: Path) -> dict[str, Any]:
 
 
 def measure_alone(stage: str, config: Config, out: Path) -> dict[str, Any]:
-    """Evaluate or benchmark one model that has no parent; write OUT/results.json and return it."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Evaluate or benchmark one model that has no parent; write OUT/results.json and return it.
+
+    One that was interrupted goes on: the tasks that it finished are kept.
+    """
+    mark = out / stage / STARTED
+    if not mark.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already holds files - choose another --out")
-    (out / stage).mkdir(parents=True, exist_ok=True)
     model = config.model
     allowed = {"trust_remote_code": model.trust_remote_code, "allow_pickle": model.allow_pickle}
-    peek(model.name, **allowed)
-    find_source(config.data.evaluation)
-    require_place_for_self("evaluation", config.data.evaluation)
+    origin = peek(model.name, **allowed)
+    if stage == "benchmark":
+        require_context(config.benchmark, origin.max_tokens)
+    for name, _ in sources_in(config.data.evaluation) if stage == "evaluate" else ():
+        find_source(name)
+        require_place_for_self("evaluation", name)
+    if stage == "evaluate":
+        require_tasks(config.evaluate, origin.max_tokens)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    write_json(mark, {})
     with waiting(f"loading {config.model.name}"):
         loaded = load_decoder(model.name, device=model.device, dtype=model.dtype, **allowed)
     if stage == "benchmark":
-        found = benchmark({"model": loaded.model}, config.benchmark, seed=config.seed)
+        found = measure_speed({"model": loaded}, config.benchmark, seed=config.seed)
     else:
-        parts = prepare_blocks(loaded.tokenizer, config.data, num_calibration=0, seed=config.seed, heal=False)
-        decoder = find_layers(loaded.model)
-        figures = quality.evaluate(decoder, parts.evaluation, None, batch_size=config.evaluate.batch_size)
-        samples = quality.write_samples(
-            loaded.model, loaded.tokenizer, num_tokens=config.evaluate.sample_tokens, label="samples"
-        )
-        settings, stated = config.evaluate, loaded.origin.max_tokens
-        long = prepare_check(parts, asked=settings.context_tokens, stated=stated, num_blocks=settings.long_blocks)
-        found = {"model": figures.to_dict() | long.measure("model", decoder) | {"samples": samples}} | long.note()
+        found = _evaluated(loaded, config, out / stage)
     results = {"model": _sizes(loaded.model, loaded.origin), stage: found}
     write_json(out / "results.json", results)
     write_json(out / stage / "done.json", {"result": found})
+    mark.unlink()
     return results
+
+
+def _evaluated(loaded: Loaded, config: Config, folder: Path) -> dict[str, Any]:
+    settings, stated = config.evaluate, loaded.origin.max_tokens
+    exam = prepare_exam(settings, loaded.tokenizer, folder, device=loaded.model.device)
+    parts = prepare_blocks(loaded.tokenizer, config.data, num_calibration=0, seed=config.seed, heal=False)
+    decoder = find_layers(loaded.model)
+    figures = quality.token_figures(decoder, parts.evaluation, None, batch_size=settings.batch_size)
+    how = {"num_tokens": settings.sample_tokens, "num_prompts": settings.sample_prompts, "context": stated}
+    long = prepare_check(parts, asked=settings.context_tokens, stated=stated, num_blocks=settings.long_blocks)
+    found = distances(figures, parts.evaluation.domains) | long.measure("model", decoder)
+    found |= probe(loaded.model, loaded.tokenizer, seed=config.seed, **how)
+    found |= exam.measure("model", loaded.model, file_identity(loaded.origin.place))
+    return {"model": found} | long.note() | exam.summary()
 
 
 def _sizes(model: torch.nn.Module, origin: Origin) -> dict[str, Any]:

@@ -8,12 +8,7 @@ its parent would have said, in the parent's own words (sequence-level distillati
 cut off, for the reason that selftext.py has: then cross-entropy on the answers is, in expectation and up to a constant,
 the KL from parent to cut model over whole answers. The checkpoint's own generation settings are off for both.
 
-Prompts of a batch need not be equally long, and nothing is padded: all go in up to the length of the shortest, and what
-the longer ones have left is put in step by step while the shorter ones are answered already. So every row is computed
-as if it were alone, whatever the family does with positions, masks and recurrent states. Batches hold neighbours in
-length, so few steps are spent that way.
-
-Dimensions: B prompts at once, T tokens, V vocabulary.
+Prompts of a batch need not be equally long: continuations.py computes every row as if it were alone.
 
     kept = AnswerFile(Path("answers.jsonl"))
     records = write_answers(model, tokenizer, records, Answering("greedy", 256, 512, seed=0), kept)
@@ -23,30 +18,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
-
 from layerscalpel.answerfile import AnswerFile
+from layerscalpel.continuations import Drawing, Prompt, batches_of, continued
 from layerscalpel.encode import Render, UnusableError, template_of
 from layerscalpel.errors import UserError
 from layerscalpel.forms import Messages, Record
-from layerscalpel.layers import device_of
-from layerscalpel.selftext import RequireFinite, seeded, without_own_settings
 from layerscalpel.settings import AnswersName
 
-MOST_SPREAD = 32
-"""Tokens by which the prompts of a batch differ in length, at most; each costs a step that some rows do not need."""
+AS_IT_IS = Drawing(temperature=1.0, top_p=1.0)
+"""Draws from the model's own distribution."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +45,6 @@ class Answering:
     """Length of a healing block; what stands past it would not be seen, so it is not written."""
     seed: int
     batch_size: int = 16
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    key: str
-    ids: list[int]
-    most: int
-    """Tokens that an answer may have."""
 
 
 def write_answers(
@@ -96,7 +72,7 @@ def write_answers(
     asked = [_asked(tokenizer, render, record, answering) for record in records]
     prompts = {prompt.key: prompt for prompt in asked if prompt}
     ends = end_tokens(model, tokenizer, render)
-    for batch in _batches(list(prompts.values()), answering.batch_size):
+    for batch in batches_of(list(prompts.values()), answering.batch_size):
         new = {prompt.key for prompt in batch if prompt.key not in kept.answers}
         if not new:
             continue
@@ -147,7 +123,7 @@ def end_tokens(model: Any, tokenizer: Any, render: Render) -> list[int]:
     return sorted((found | (set(closing) & special)) - {None})
 
 
-def _asked(tokenizer: Any, render: Render, record: Record, answering: Answering) -> _Prompt | None:
+def _asked(tokenizer: Any, render: Render, record: Record, answering: Answering) -> Prompt | None:
     if "text" in record:
         return None
     try:
@@ -159,7 +135,7 @@ def _asked(tokenizer: Any, render: Render, record: Record, answering: Answering)
     if not ids or most < 1:
         return None
     said = json.dumps([text, answering.how == "sampled", most, answering.seed])
-    return _Prompt(hashlib.sha256(said.encode()).hexdigest()[:32], ids, most)
+    return Prompt(hashlib.sha256(said.encode()).hexdigest()[:32], ids, most)
 
 
 def _answered(record: Record, found: dict[str, Any]) -> Record:
@@ -172,71 +148,6 @@ def _words(tokenizer: Any, ids: Sequence[int], cut_off: bool) -> str:
     return text.rstrip("\ufffd") if cut_off else text  # half a character is none
 
 
-def _batches(prompts: list[_Prompt], size: int) -> Iterator[list[_Prompt]]:
-    batch: list[_Prompt] = []
-    for prompt in sorted(prompts, key=lambda prompt: len(prompt.ids)):
-        if batch and (len(batch) == size or len(prompt.ids) - len(batch[0].ids) > MOST_SPREAD):
-            yield batch
-            batch = []
-        batch.append(prompt)
-    if batch:
-        yield batch
-
-
-def _generate(model: Any, batch: list[_Prompt], ends: list[int], answering: Answering) -> list[tuple[list[int], bool]]:
-    """Return (ids without the end, whether there is no end) of the answer to each prompt."""
-    shortest = len(batch[0].ids)
-    device = device_of(model)
-    first_BT = torch.tensor([prompt.ids[:shortest] for prompt in batch], device=device)
-    steps = max(len(prompt.ids) + prompt.most for prompt in batch) - shortest
-    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if answering.how == "sampled" else {}
-    with seeded(_seed_of(answering.seed, batch)), without_own_settings(model):
-        rows = model.generate(
-            first_BT,
-            attention_mask=torch.ones_like(first_BT),
-            generation_config=GenerationConfig(max_new_tokens=steps, eos_token_id=None, **plain),
-            logits_processor=LogitsProcessorList([RequireFinite(), _RestOfPrompts(batch, device)]),
-            stopping_criteria=StoppingCriteriaList([_AllAnswered(batch, ends, device)]),
-        ).tolist()
-    answers = []
-    for prompt, row in zip(batch, rows, strict=True):
-        ids = row[len(prompt.ids) : len(prompt.ids) + prompt.most]
-        end = next((i for i, token in enumerate(ids) if token in ends), None)
-        answers.append((ids[:end], end is None))
-    return answers
-
-
-def _seed_of(seed: int, batch: list[_Prompt]) -> int:
-    """Return a seed of the batch's own, so that what is drawn does not depend on the batches before it."""
-    said = "|".join([str(seed), *(prompt.key for prompt in batch)])
-    return int.from_bytes(hashlib.sha256(said.encode()).digest()[:7])
-
-
-class _RestOfPrompts(LogitsProcessor):
-    """Lets a row go on with its own prompt as long as there is some left."""
-
-    def __init__(self, batch: list[_Prompt], device: torch.device) -> None:
-        self.length_B = torch.tensor([len(prompt.ids) for prompt in batch], device=device)
-        longest = max(len(prompt.ids) for prompt in batch)
-        rows = [prompt.ids + [0] * (longest - len(prompt.ids)) for prompt in batch]
-        self.prompt_BT = torch.tensor(rows, device=device)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # the names are those of the base class
-        at = input_ids.shape[1]
-        if at >= self.prompt_BT.shape[1]:
-            return scores
-        wanted_BV = torch.full_like(scores, -torch.inf).scatter(1, self.prompt_BT[:, at, None], 0.0)
-        return torch.where((self.length_B > at)[:, None], wanted_BV, scores)
-
-
-class _AllAnswered(StoppingCriteria):
-    """Tells which rows have come to their end; the tokens of a prompt are none."""
-
-    def __init__(self, batch: list[_Prompt], ends: list[int], device: torch.device) -> None:
-        self.length_B = torch.tensor([len(prompt.ids) for prompt in batch], device=device)
-        self.most_B = torch.tensor([prompt.most for prompt in batch], device=device)
-        self.ends = torch.tensor(ends, device=device, dtype=torch.long)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:  # as above
-        answered_B = input_ids.shape[1] - self.length_B
-        return (answered_B >= self.most_B) | ((answered_B > 0) & torch.isin(input_ids[:, -1], self.ends))
+def _generate(model: Any, batch: list[Prompt], ends: list[int], answering: Answering) -> list[tuple[list[int], bool]]:
+    drawing = AS_IT_IS if answering.how == "sampled" else None
+    return continued(model, batch, ends=ends, drawing=drawing, seed=answering.seed)

@@ -97,10 +97,10 @@ class BlockFile:
         """Return how many blocks an earlier call has written."""
         try:
             note = json.loads(self._note.read_text(encoding="utf-8"))
-            whole = self.path.stat().st_size == self.num_bytes
-        except (OSError, ValueError):
+            ours = note["key"] == self.key and self.path.stat().st_size == self.num_bytes
+            return int(note["filled"]) if ours else 0
+        except (OSError, ValueError, KeyError, TypeError):
             return 0
-        return int(note["filled"]) if whole and note["key"] == self.key else 0
 
     def open(self, *, take: bool = True) -> None:
         """Take the room; what a call with the same key has written is still there.

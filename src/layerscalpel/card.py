@@ -15,13 +15,17 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from layerscalpel.distancewords import distance_words
 from layerscalpel.healwords import heal_warnings, healing_words
 from layerscalpel.longwords import long_warnings, long_words
 from layerscalpel.proofwords import proof_text, proof_warnings
 from layerscalpel.search import SEARCHES
 from layerscalpel.searchwords import pilot_rows, refusals, search_paragraphs, search_warnings
 from layerscalpel.segment import Segment, spoken
+from layerscalpel.speedwords import no_difference, said, size_rows, tells, timing_rows
 from layerscalpel.summary import Results, count, measured, plain, removed_segments, summary_rows
+from layerscalpel.taskwords import kept_text, task_warnings, task_words
+from layerscalpel.writingwords import writing_warnings, writing_words
 
 MEASURES = {
     "kl_nats": ("KL to the parent", 1, " nats", -1),
@@ -88,6 +92,8 @@ def headline(results: Results) -> str:
         costs.append(f"KL to the parent {measured(final['kl_nats'])} nats")
     if final["ppl"] and final is not parent and parent["ppl"]:
         costs.append(f"perplexity {measured(final['ppl'])} against {measured(parent['ppl'])} of the parent")
+    if kept := kept_text(results):
+        costs.append(kept)
     facts = "; ".join([", ".join(shares)] * bool(shares) + costs)
     return f"{said}: {facts}." if facts else f"{said}."
 
@@ -103,16 +109,15 @@ def warnings(results: Results) -> list[str]:
     """Return what speaks against the result, one sentence each."""
     found = proof_warnings(results["cut"]) if "cut" in results else []
     found += heal_warnings(results) + search_warnings(results) + long_warnings(results)
+    found += task_warnings(results) + writing_warnings(results)
     children = [row for row in summary_rows(results) if row["model"] != "parent"]
     for before, after in itertools.pairwise(children):
         found += _worsenings(before, after)
     speedup = results.get("benchmark", {}).get("speedup", {})
     for name, ratio in ((kind, speedup[kind]) for kind in ("prefill", "decode") if kind in speedup):
-        effect, spread = ratio["value"] - 1, 2 * (ratio.get("se") or 0)
-        if not abs(effect) > spread:
-            within = f"{measured(ratio)} times lies within two standard errors of 1"
-            found.append(f"The {name} speed-up of {within}: the spread hides any gain.")
-        elif effect < 0:
+        if not tells(ratio):
+            found.append(f"Speed in {name}: {no_difference(ratio)}.")
+        elif ratio["value"] < 1:
             found.append(f"The result is slower than the parent in {name}: {measured(ratio)} times its speed.")
     return found
 
@@ -134,6 +139,7 @@ def environment(*, autoescape: bool) -> Environment:
     environment = Environment(loader=loader, autoescape=autoescape, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {item.__name__: item for item in (measured, plain, count)}
+    environment.filters["ratio"] = lambda found: said(found, measured(found))
     environment.filters["unbroken"] = lambda text: text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
     return environment
 
@@ -152,7 +158,12 @@ def words(results: Results) -> dict[str, Any]:
         "refusals": refusals(results.get("search", {})),
         "method": SEARCHES.get(results.get("search", {}).get("method")),
         "rows": summary_rows(results),
+        "timing_rows": list(timing_rows(results.get("benchmark", {}))),
+        "size_rows": list(size_rows(results.get("benchmark", {}))),
         **long_words(results),
+        **task_words(results),
+        **writing_words(results),
+        **distance_words(results),
         **healing_words(results),
         "headline": headline(results),
         "warnings": warnings(results),

@@ -12,7 +12,9 @@ from typing import Any
 
 from layerscalpel import parallel
 from layerscalpel.answers import require_memory_for_answers
+from layerscalpel.benchmark import longest_text
 from layerscalpel.errors import UserError
+from layerscalpel.exam import require_tasks
 from layerscalpel.heal import refuse_contradictions
 from layerscalpel.objectives import asks_parent, weights_of
 from layerscalpel.origin import Origin, package_folder, peek
@@ -47,6 +49,9 @@ def check_before_loading(config: Config, wanted: list[str]) -> Origin:
         check(test)
     for test in _heal_checks(config, wanted):
         check(test)
+    if "evaluate" in wanted:
+        context = origin.max_tokens if origin else None
+        check(lambda: require_tasks(config.evaluate, context, offload=config.model.offload))
     if "report" in wanted and importlib.util.find_spec("matplotlib") is None:
         findings.append("the report needs matplotlib - pip install layerscalpel[report], or --until benchmark")
     if findings:
@@ -61,6 +66,14 @@ def _heal_checks(config: Config, wanted: list[str]) -> Iterator[Callable[[], Any
         yield partial(refuse_contradictions, heal)
     if "heal" in wanted and heal.method != "none":
         yield partial(require_place, heal, parallel.world())
+        compared, stitch = {"seam", "end"} & set(weights_of(heal)), config.stitch.method
+        if compared and stitch in ("scalar", "rotation", "auto"):
+            yield partial(
+                _refuse,
+                f"after stitch.method={stitch} the hidden states have another scale or basis than the parent's, with"
+                " which heal.objective=seam or end (or seam_weight, end_weight) compares them - allowed: stitch.method"
+                " none, linear or ridge",
+            )
         if "lora" in (heal.method, heal.second):
             yield require_peft
         if offload != "none" and asks_parent(heal):
@@ -95,8 +108,10 @@ def text_needed(config: Config, wanted: list[str]) -> dict[str, list[str]]:
     reads = config.target.segment is None or "evaluate" in wanted or config.stitch.method != "none"
     heals = reads_healing(config, wanted)
     data = config.data
-    held_out = {"evaluation": [data.evaluation], "calibration": [data.calibration]} if reads or heals else {}
-    return held_out | ({"healing": [name for name, _ in sources_in(data.healing)]} if heals else {})
+    named = {"calibration": [data.calibration]}
+    named |= {part: [name for name, _ in sources_in(getattr(data, part))] for part in ("evaluation", "healing")}
+    wants = {"evaluation": reads or heals, "calibration": reads or heals, "healing": heals}
+    return {part: named[part] for part, wanted in wants.items() if wanted}
 
 
 def reads_healing(config: Config, wanted: list[str]) -> bool:
@@ -116,7 +131,7 @@ def _require_context(config: Config, origin: Origin, wanted: list[str], sources:
         "data.healing_block_tokens": config.data.healing_block_tokens if "healing" in sources else 0,
         "evaluate.context_tokens": (config.evaluate.context_tokens or 0) if measures_long(config, wanted) else 0,
         "evaluate.sample_tokens": config.evaluate.sample_tokens if "evaluate" in wanted else 0,
-        "benchmark.prompt_tokens": config.benchmark.prompt_tokens + config.benchmark.new_tokens
+        "benchmark.prompt_tokens": longest_text(config.benchmark)
         if "benchmark" in wanted and config.benchmark.enabled
         else 0,
     }

@@ -18,9 +18,15 @@ from layerscalpel import __version__
 from layerscalpel.config import build_config, parse_assignment, recipe, sentences
 from layerscalpel.errors import UserError, suggest
 from layerscalpel.progress import say, set_quiet
-from layerscalpel.rundir import STAGES, finished_results, read_json
-from layerscalpel.settings import Config, DataSettings, ModelSettings, SearchSettings, TargetSettings
-from layerscalpel.summary import summary_rows
+from layerscalpel.rundir import STAGES, finished_results, require_models
+from layerscalpel.settings import (
+    Config,
+    DataSettings,
+    EvaluateSettings,
+    ModelSettings,
+    SearchSettings,
+    TargetSettings,
+)
 
 FLAGS: dict[str, tuple[str, type]] = {
     "--rate": ("target.rate", TargetSettings),
@@ -34,18 +40,19 @@ FLAGS: dict[str, tuple[str, type]] = {
     "--calibration": ("data.calibration", DataSettings),
     "--healing": ("data.healing", DataSettings),
     "--evaluation": ("data.evaluation", DataSettings),
+    "--tasks": ("evaluate.tasks", EvaluateSettings),
+    "--limit": ("evaluate.limit", EvaluateSettings),
     "--device": ("model.device", ModelSettings),
     "--offload": ("model.offload", ModelSettings),
     "--dtype": ("model.dtype", ModelSettings),
     "--seed": ("seed", Config),
 }
 """Flags that are short for a setting; their help is the sentence under it."""
+NOT_COMPARED = ("--segment", "--segments", "--search", "--seed", "--max-kl", "--target-params", "--target-latency-ms")
+"""Flags that several methods with one budget cannot have."""
+PARTS = ("calibration", "healing", "evaluation")
 PERMISSIONS = ("trust_remote_code", "allow_pickle")
 """Flags that allow what a checkpoint may otherwise not do."""
-
-
-WIDE = 160
-"""Columns of a wide table where no terminal limits it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,9 +82,10 @@ def build_parser() -> Parser:
         _command(commands, name, sentence, "TARGET")
     cut = _command(commands, "cut", "just the surgery, proven; --out is then a plain checkpoint", "MODEL")
     _no_verify(cut)
-    compare = commands.add_parser("compare", help="one table over several run directories")
-    compare.add_argument("targets", nargs="+", metavar="DIR")
-    compare.add_argument("--json", action="store_true", help="print machine-readable output")
+    compare = _command(commands, "compare", "one table over several runs, or several methods on one model", "DIR")
+    compare.add_argument("--methods", metavar="A,B", help="run these searches on one MODEL, with one budget")
+    compare.add_argument("--seeds", metavar="0,1", help="seeds of the runs of --methods (default 0)")
+    compare.add_argument("--baseline", metavar="MODEL", help="measure this model too, on the same text and tasks")
     inspect = commands.add_parser("inspect", help="layers, sizes, and what can be cut, without loading weights")
     inspect.add_argument("target", metavar="MODEL")
     inspect.add_argument("--json", action="store_true", help="print machine-readable output")
@@ -89,12 +97,15 @@ def build_parser() -> Parser:
 
 def _command(commands: Any, name: str, sentence: str, target: str) -> Parser:
     command = commands.add_parser(name, help=sentence, description=sentence)
-    command.add_argument(
-        "target",
-        metavar=target,
-        help="hub id, checkpoint folder, .gguf file, or demo" + ("" if target == "MODEL" else "; or a run directory"),
-    )
+    model = "hub id, checkpoint folder, .gguf file, or demo"
+    if target == "DIR":
+        command.add_argument("targets", nargs="+", metavar=target, help=f"run directories; with --methods a {model}")
+    else:
+        more = "" if target == "MODEL" else "; or a run directory"
+        command.add_argument("target", metavar=target, help=model + more)
     for flag, (key, section) in FLAGS.items():
+        if target == "DIR" and flag in NOT_COMPARED:
+            continue
         command.add_argument(flag, dest=key, metavar="X", help=sentences(section)[key.rpartition(".")[2]])
     command.add_argument("--all-rates", action="store_true", help=sentences(SearchSettings)["all_rates"])
     _permissions(command)
@@ -125,8 +136,8 @@ def settings_of(arguments: argparse.Namespace, base: dict[str, Any] | None = Non
     `fixed` maps section__name to what the command itself names: its model, a checkpoint's segment.
     """
     below = (base or {}) | (recipe(arguments.recipe) if arguments.recipe else {})
-    given = {key: getattr(arguments, key) for key, _ in FLAGS.values() if getattr(arguments, key) is not None}
-    texts = {"target.segment", "target.params", "data.calibration", "data.healing", "data.evaluation"}
+    given = {key: value for key, _ in FLAGS.values() if (value := getattr(arguments, key, None)) is not None}
+    texts = {"target.segment", "target.params", *(f"data.{part}" for part in PARTS), "evaluate.tasks"}
     above = dict(parse_assignment(text) for text in arguments.assignments)
     above |= {k: v if k in texts else parse_assignment(f"{k}={v}")[1] for k, v in given.items()}
     above |= {f"model.{name}": True for name in PERMISSIONS if getattr(arguments, name)}
@@ -234,6 +245,8 @@ def stage_command(arguments: argparse.Namespace) -> None:
     stage, target = arguments.command, Path(arguments.target)
     if (target / "config.yaml").is_file():
         arguments.out = arguments.out or str(target)
+        if stage in ("evaluate", "benchmark") and Path(arguments.out) == target:
+            require_models(target)
         config = settings_of(arguments, recipe(target / "config.yaml"))
         _go(config, arguments, until=stage, redo=stage if Path(arguments.out) == target else None)
     elif stage == "search":
@@ -277,20 +290,20 @@ def cut_command(arguments: argparse.Namespace) -> None:
 
 
 def compare_command(arguments: argparse.Namespace) -> None:
-    """`scalpel compare`: the final rows of several runs side by side."""
-    runs = {name: read_json(Path(name) / "results.json") for name in arguments.targets}
-    texts = {r.get("data", {}).get("evaluation", {}).get("sha256") for r in runs.values()} - {None}
-    if len(texts) > 1:
-        say("these runs were measured on different held-out text: their figures are not comparable")
-    if arguments.json:
-        print(json.dumps({name: summary_rows(results) for name, results in runs.items()}, indent=2))
-        return
-    from rich.console import Console
+    """`scalpel compare`: several runs, or several methods on one model, side by side."""
+    from layerscalpel.comparecli import show_comparison
 
-    from layerscalpel.tables import comparison_table
+    if is_one_of_several():
+        raise UserError("scalpel compare takes one process - do the runs with torchrun, then compare their folders")
+    given = [flag for flag, (key, _) in FLAGS.items() if getattr(arguments, key, None) is not None]
+    if (given or arguments.recipe or arguments.assignments) and not arguments.methods:
+        named = ", ".join(given) or "--recipe and --set"
+        raise UserError(f"{named} would be settings of new runs - add --methods, or leave them out")
 
-    console = Console()
-    console.print(comparison_table(runs), width=None if console.is_terminal else WIDE)
+    def configure(method: str, seed: int) -> Config:
+        return settings_of(arguments, model__name=arguments.targets[0], search__method=method, seed=seed)
+
+    show_comparison(arguments, configure)
 
 
 def inspect_command(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import math
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -146,14 +147,28 @@ def _checked(key: str, value: Any, section: type, name: str) -> Any:
     if value is None and type(None) in options:
         return None
     kind = next(option for option in options if option is not type(None))
+    limits = next(item for item in fields(section) if item.name == name).metadata
+    if get_origin(kind) is tuple:
+        return tuple(_one(key, item, get_args(kind)[0], limits) for item in _listed(value))
+    return _one(key, value, kind, limits)
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return the items of a list; text with commas, as a flag gives it, and a single value are lists, too."""
+    if isinstance(value, str):
+        return [yaml.load(item, YamlLoader) for item in value.split(",") if item.strip()]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _one(key: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise UserError(f"{key}={value} is unknown{suggest(str(value), get_args(kind))}")
         return value
     number = _converted(key, value, kind)
-    limits = next(item for item in fields(section) if item.name == name).metadata
     low, high = limits.get("low"), limits.get("high")
-    if (low is not None and number < low) or (high is not None and number > high) or number != number:
+    endless = isinstance(number, float) and not math.isfinite(number)  # .inf and .nan
+    if endless or (low is not None and number < low) or (high is not None and number > high):
         allowed = f"{low} or more" if high is None else f"{low}..{high}"
         raise UserError(f"{key}={value} is out of range - allowed: {allowed}")
     return number
@@ -201,4 +216,11 @@ def _target_findings(target: TargetSettings) -> list[str]:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the settings as nested plain values, in the order of a recipe."""
-    return asdict(config)
+    return {name: _plain(value) for name, value in asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a section whose tuples are lists, as they are read from a file."""
+    if not isinstance(value, dict):
+        return value
+    return {name: list(item) if isinstance(item, tuple) else item for name, item in value.items()}

@@ -1,7 +1,9 @@
 """Sources become packed token blocks in disjoint parts: evaluation | calibration | healing and its validation.
 
 Documents are drawn in one seeded order; each goes to one part only, also where two parts name the same source or two
-sources hold the same text. Healing may draw from several sources at once, each with its share of the tokens.
+sources hold the same text, and calibration and healing take none that shares 13 words in a row with evaluation text
+(overlap.py). Healing may draw from several sources at once, each with its share of the tokens; evaluation too, each
+with its share of the blocks.
 
 Blocks have equal length and no padding that anything could see. Text blocks each begin a document of their own, so that
 blocks are independent samples; healing blocks hold whole samples (packing.py).
@@ -16,16 +18,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerscalpel.draw import Answer, Drawer, Stream, drawn_from, spoken
+from layerscalpel.draw import Answer, Drawer, Drawing, Stream, shared_out, spoken
 from layerscalpel.errors import UserError
-from layerscalpel.packing import Sample, lay_out, pack_whole
+from layerscalpel.overlap import Grams
+from layerscalpel.packing import Sample, lay_out, num_tokens, pack_whole
 from layerscalpel.progress import say
 from layerscalpel.records import sources_in
 from layerscalpel.settings import DataSettings
@@ -50,7 +53,9 @@ class TokenBlocks:
     filled: Tensor | None = None
     """[N] int64: tokens of a block that are no filler; None where all are."""
     sources: dict[str, int] = field(default_factory=dict)
-    """{source: its tokens}, of healing and validation."""
+    """{source: its tokens}, of healing and validation, and of a mix for evaluation."""
+    domains: tuple[str, ...] = ()
+    """The source of each block, where evaluation mixes several."""
     answers: dict[str, int] = field(default_factory=dict)
     """Conversations that the parent answered (`written`), and those of them whose answer has no end (`cut_off`)."""
 
@@ -59,7 +64,7 @@ class TokenBlocks:
 
     def first(self, count: int) -> TokenBlocks:
         """Return the first blocks."""
-        names = ("tokens", "labelled", "positions", "filled")
+        names = ("tokens", "labelled", "positions", "filled", "domains")
         return replace(self, **{n: t if (t := getattr(self, n)) is None else t[:count] for n in names})
 
     def summary(self) -> dict[str, Any]:
@@ -88,7 +93,9 @@ class Parts:
     healing: TokenBlocks | None
     validation: TokenBlocks | None
     rest: Stream
-    """What none of them took of the evaluation source, not drawn yet."""
+    """What none of them took of the evaluation source, the first one of a mix, not drawn yet."""
+    used: Grams
+    """All text that was drawn for calibration and healing."""
 
 
 def prepare_blocks(
@@ -117,35 +124,61 @@ def prepare_blocks(
         raise UserError("the checkpoint has no tokenizer, so no text can be read - add its tokenizer files")
     drawer = Drawer(seed)
     # Evaluation is drawn first: runs that differ in search or healing are measured on the same text.
-    stream = Stream(drawer, settings.evaluation, tokenizer)
-    evaluation = _text_part("evaluation", stream, settings.block_tokens, settings.evaluation_blocks)
-    stream = Stream(drawer, settings.calibration, tokenizer)
+    held_out, used = Grams("held-out text"), Grams("text that healed or calibrated")
+    mix = [Stream(drawer, n, tokenizer, weight, fills=held_out) for n, weight in sources_in(settings.evaluation)]
+    evaluation = _text_part("evaluation", mix, settings.block_tokens, settings.evaluation_blocks)
+    apart: dict[str, Any] = {"avoids": held_out, "fills": used}
     calibration = _none(settings.calibration, settings.block_tokens)
     if num_calibration:
-        calibration = _text_part("calibration", stream, settings.block_tokens, num_calibration)
+        stream = Stream(drawer, settings.calibration, tokenizer, **apart)
+        calibration = _text_part("calibration", [stream], settings.block_tokens, num_calibration)
     healing = validation = None
     if heal:
-        mix = [Stream(drawer, name, tokenizer, weight, answer) for name, weight in sources_in(settings.healing)]
-        healing, validation = _healing_parts(settings, mix, tokenizer.eos_token_id)
-    return Parts(calibration, evaluation, healing, validation, Stream(drawer, settings.evaluation, tokenizer))
+        sources = sources_in(settings.healing)
+        healed_on = [Stream(drawer, name, tokenizer, weight, answer, **apart) for name, weight in sources]
+        healing, validation = _healing_parts(settings, healed_on, tokenizer.eos_token_id)
+    rest = Stream(drawer, mix[0].name, tokenizer, avoids=used)
+    return Parts(calibration, evaluation, healing, validation, rest, used)
 
 
-def _text_part(part: str, stream: Stream, block_tokens: int, num_blocks: int) -> TokenBlocks:
-    blocks: list[tuple[list[int], list[bool]]] = []
+def _text_part(part: str, mix: Sequence[Stream], block_tokens: int, num_blocks: int) -> TokenBlocks:
+    """Return blocks of one source each, drawn block by block of the source furthest behind its share."""
+    readers = {stream.name: _text_blocks(stream, block_tokens) for stream in mix}
+    taken: Counter[str] = Counter()
+    blocks, documents, domains = [], 0, []
+    while len(blocks) < num_blocks:
+        stream = min(mix, key=lambda stream: taken[stream.name] / stream.weight)
+        found = next(readers[stream.name], None)
+        if found is None:
+            of = f"{num_blocks} blocks" if len(mix) == 1 else f"its share of {num_blocks} blocks"
+            raise UserError(
+                f"{part} source {stream.name} has text for {taken[stream.name]} of {of} of {block_tokens} tokens"
+                " - give more text, fewer or shorter blocks"
+            )
+        taken[stream.name] += 1
+        blocks.append(found[:2])
+        documents += found[2]
+        domains.append(stream.name)
+    tokens_NT, labelled_NT = (torch.tensor(column) for column in zip(*blocks, strict=True))
+    labelled_NT[:, 0] = False  # nothing stands before it
+    dropped: Counter[str] = sum((stream.dropped for stream in mix), Counter())
+    if len(mix) == 1:
+        return TokenBlocks(tokens_NT, labelled_NT, mix[0].name, documents, dict(dropped))
+    name = ",".join(f"{stream.name}={stream.weight:g}" for stream in mix)
+    known = {"sources": {name: count * block_tokens for name, count in taken.items()}, "domains": tuple(domains)}
+    return TokenBlocks(tokens_NT, labelled_NT, name, documents, dict(dropped), **known)
+
+
+def _text_blocks(stream: Stream, block_tokens: int) -> Iterator[tuple[list[int], list[bool], int]]:
+    """Yield (ids, labelled, number of documents) of each block."""
     block: tuple[list[int], list[bool]] = ([], [])
-    for documents, (_, ids, labelled) in enumerate(stream.encoded(), 1):
+    documents = 0
+    for _, ids, labelled in stream.encoded():
         block = (block[0] + ids, block[1] + labelled)
+        documents += 1
         if len(block[0]) >= block_tokens:  # what is left of the document is dropped: the next block is another's
-            blocks.append((block[0][:block_tokens], block[1][:block_tokens]))
-            block = ([], [])
-        if len(blocks) == num_blocks:
-            tokens_NT, labelled_NT = (torch.tensor(column) for column in zip(*blocks, strict=True))
-            labelled_NT[:, 0] = False  # nothing stands before it
-            return TokenBlocks(tokens_NT, labelled_NT, stream.name, documents, dict(stream.dropped))
-    raise UserError(
-        f"{part} source {stream.name} has text for {len(blocks)} of {num_blocks} blocks of {block_tokens} tokens"
-        " - give more text, fewer or shorter blocks"
-    )
+            yield block[0][:block_tokens], block[1][:block_tokens], documents
+            block, documents = ([], []), 0
 
 
 def _none(source: str, block_tokens: int) -> TokenBlocks:
@@ -155,23 +188,21 @@ def _none(source: str, block_tokens: int) -> TokenBlocks:
 
 def _healing_parts(settings: DataSettings, mix: list[Stream], filler: int | None) -> tuple[TokenBlocks, TokenBlocks]:
     length = settings.healing_block_tokens
-    most = (settings.healing_blocks or 0) * length * (1 + settings.validation_fraction) or None
-    samples = drawn_from(mix, length, most)
-    aside = max(1, round(len(samples) * settings.validation_fraction))
-    while aside < len(samples) and samples[aside].document is samples[aside - 1].document:
-        aside += 1  # all pieces of a document go to one part
-    packed = [pack_whole(samples[aside:], length), pack_whole(samples[:aside], length)]
-    if not all(packed):
-        number = len({sample.document for sample in samples})
+    drawing = Drawing(mix, length)
+    training, validation, begun = shared_out(drawing, settings.healing_blocks, settings.validation_fraction)
+    packed = [pack_whole(training, length)[: settings.healing_blocks], pack_whole(validation, length)]
+    trained = {sample.document.source for block in packed[0] for sample in block}
+    if absent := [stream.name for stream in mix if stream.name not in trained]:
         raise UserError(
-            f"healing source {settings.healing} gives {number} documents that fit {length} tokens - give more text"
+            f"healing source {', '.join(absent)} gets no place in {len(packed[0])} blocks of {length} tokens"
+            " - raise data.healing_blocks or its weight"
         )
-    dropped: Counter[str] = sum((stream.dropped for stream in mix), Counter())  # adding leaves out what is 0
+    dropped: Counter[str] = sum((stream.dropped for stream in mix), +begun)  # adding leaves out what is 0
     if dropped:
         say(f"healing text {settings.healing}: left out {spoken(dropped)}")
     made = []
-    for blocks in (packed[0][: settings.healing_blocks], packed[1]):
-        filled = torch.tensor([sum(len(sample.ids) for sample in block) for block in blocks])
+    for blocks in packed:
+        filled = torch.tensor([num_tokens(block) for block in blocks])
         tokens_NT, labelled_NT, positions_NT = lay_out(blocks, length, filler)
         known = {"positions": positions_NT, "filled": filled, **_origins(blocks, mix)}
         made.append(TokenBlocks(tokens_NT, labelled_NT, settings.healing, dropped=dict(dropped), **known))

@@ -180,14 +180,15 @@ def save_decoder(model: PreTrainedModel, tokenizer: Any, folder: str | Path, *, 
         model: any causal language model.
         tokenizer: saved beside it; None for a model without one.
         folder: must not exist, or be empty.
-        dtype: number format of the saved weights; None keeps the one the model computes in.
+        dtype: number format of the saved weights; None keeps those that the model computes in.
 
     Raises:
         UserError: the folder exists already, or there is not enough room.
     """
-    stored = DTYPES[dtype] if dtype else next(model.parameters()).dtype
+    stored = DTYPES[dtype] if dtype else None
     with fresh_folder(Path(folder)) as draft:
-        require_room(draft.parent, num_parameters(model) * stored.itemsize)
+        widest = stored or max((p.dtype for p in model.parameters()), key=lambda own: own.itemsize)
+        require_room(draft.parent, num_parameters(model) * widest.itemsize)
         with quiet_transformers():
             _write_checkpoint(model, tokenizer, draft, stored)
     return Path(folder)
@@ -221,11 +222,11 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _write_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: Path, stored: torch.dtype) -> None:
+def _write_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: Path, stored: torch.dtype | None) -> None:
     generation = model.generation_config
     model.generation_config = GenerationConfig()  # some releases refuse to save flags that published models have
     try:
-        with _parameters_as(model, stored):
+        with _parameters_as(model, stored) if stored else contextlib.nullcontext():
             model.save_pretrained(folder)
     finally:
         model.generation_config = generation

@@ -13,11 +13,13 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from layerscalpel.errors import UserError
+from layerscalpel.errors import UserError, one_line
 from layerscalpel.forms import Messages, Record
 
 Render = Callable[[Messages, bool], str]
 """(messages, whether an answer is to follow) -> text."""
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What running a chat template can raise: it is a program, with all that its expressions may do."""
 
 
 class UnusableError(UserError):
@@ -69,10 +71,40 @@ def encode_conversation(tokenizer: Any, messages: Messages, *, cut_off: bool = F
                 "the model's chat template rewrites earlier turns, so answers cannot be told from prompts"
                 " - heal on plain text (records with `text`) instead",
             )
+        if message["content"].split()[-1] not in upto[len(prompt) :]:  # the end: templates may leave out the thinking
+            raise UnusableError(
+                "dropped by the chat template",
+                "the model's chat template drops the conversation: an answer's last word is not in what it writes"
+                " - mend the template or heal on plain text (records with `text`) instead",
+            )
         spans.append((len(prompt), len(upto)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    marks = [any(low <= start < high for low, high in spans) for start, _ in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), marks
+    return _marked(tokenizer, text, spans)
+
+
+def _marked(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    """Return (ids, whether a token begins within one of the spans of characters)."""
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        marks = [any(low <= start < high for low, high in spans) for start, _ in encoded["offset_mapping"]]
+        return list(encoded["input_ids"]), marks
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    marks = [False] * len(ids)
+    for low, high in spans:
+        first, after = (_tokens_before(tokenizer, text[:at], ids) for at in (low, high))
+        marks[first:after] = [True] * (after - first)
+    return ids, marks
+
+
+def _tokens_before(tokenizer: Any, begin: str, ids: list[int]) -> int:
+    """Return how many of the ids of a text are those of its beginning, for tokenizers that do not tell their places."""
+    before = list(tokenizer(begin, add_special_tokens=False, verbose=False).input_ids)
+    if ids[: len(before)] != before:
+        raise UnusableError(
+            "joined by the tokenizer",
+            "the tokenizer joins prompts and answers, and does not tell where its tokens begin"
+            " - use a fast tokenizer or heal on plain text (records with `text`) instead",
+        )
+    return len(before)
 
 
 def template_of(tokenizer: Any) -> Render:
@@ -82,8 +114,13 @@ def template_of(tokenizer: Any) -> Render:
         def own(messages: Messages, prompt: bool) -> str:
             try:
                 return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-            except TemplateError as error:
-                reason = f"the model's chat template refuses a conversation of the data: {error}"
+            except TEMPLATE_ERRORS as error:
+                said = (
+                    one_line(error)
+                    if isinstance(error, TemplateError)
+                    else f"{type(error).__name__}: {one_line(error)}"
+                )
+                reason = f"the model's chat template refuses a conversation of the data: {said}"
                 raise UnusableError(
                     "refused by the chat template", f"{reason} - leave it out or heal on plain text"
                 ) from error

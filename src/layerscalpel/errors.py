@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake the user can mend: what is wrong - what is allowed - the next step. Ends with exit code 2."""
 
 
+class DivergedError(UserError):
+    """A loss or gradient is not finite: what was trained is in its best state before that."""
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return `` - did you mean 'x'?`` when a known word is close, else the list of what is allowed."""
     known = sorted(known)

@@ -1,4 +1,4 @@
-"""Measure a model against its parent on held-out text: KL, agreement, perplexity, and what it writes.
+"""Measure a model against its parent on held-out text: KL, agreement, perplexity.
 
 Every figure comes with its standard error over blocks and its token count, and the parent is measured by the same code.
 KL and agreement are taken at every position, perplexity at the labelled ones, token-weighted (never a mean of means).
@@ -9,13 +9,15 @@ Dimensions: N blocks, B blocks at once, T tokens, D hidden size.
     reference = Reference(parent, parent_hidden(parent, blocks.tokens))
     quality = evaluate(student, blocks, reference)
     quality.kl_nats  # Measured(value=0.44, se=0.02, n=16384)
+
+`token_figures` gives the same by token, for whoever asks where in the text a model departs (distances.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,13 +28,6 @@ from layerscalpel.hooks import head_logits, require_finite
 from layerscalpel.layers import Decoder, device_of
 from layerscalpel.losses import Measured, block_mean, kl_to_parent, log_probabilities, token_chunks, token_nll
 from layerscalpel.passes import pass_blocks
-from layerscalpel.progress import track
-
-PROMPTS = (
-    "What causes the seasons on Earth?",
-    "Give me three tips for learning a new language.",
-    "Write two sentences about a lighthouse.",
-)
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,27 @@ def final_hidden(
     return hidden
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class TokenFigures:
+    """What is known of every token of N blocks, [N, T] float64: at position t, of predicting the token after it."""
+
+    nll_NT: Tensor
+    """Negative log likelihood of the next token where it is labelled, else 0."""
+    parent_nll_NT: Tensor
+    kl_NT: Tensor
+    agreement_NT: Tensor
+    """1 where both hold the same token most likely."""
+    labelled_N: Tensor
+    """How many targets each block has."""
+    compared: bool
+    """Whether there was a parent; without one its figures are 0."""
+
+    def of(self, rows: Tensor) -> TokenFigures:
+        """Return those of some blocks."""
+        tensors = {name: item[rows] for name, item in vars(self).items() if isinstance(item, Tensor)}
+        return replace(self, **tensors)
+
+
 def evaluate(
     decoder: Decoder,
     blocks: TokenBlocks,
@@ -86,7 +101,21 @@ def evaluate(
     batch_size: int = 4,
     label: str = "evaluate",
 ) -> Quality:
-    """Return the figures of a model on held-out blocks.
+    """Return the figures of a model on held-out blocks; arguments as those of `token_figures`."""
+    return quality_of(token_figures(decoder, blocks, reference, hidden_NTD, batch_size=batch_size, label=label))
+
+
+@torch.no_grad()
+def token_figures(
+    decoder: Decoder,
+    blocks: TokenBlocks,
+    reference: Reference | None,
+    hidden_NTD: Tensor | None = None,
+    *,
+    batch_size: int = 4,
+    label: str = "evaluate",
+) -> TokenFigures:
+    """Return what is known of every token of held-out blocks.
 
     Args:
         decoder: the model to measure.
@@ -96,21 +125,28 @@ def evaluate(
         batch_size: blocks per forward.
         label: what the progress line says.
     """
-    sums = []
+    found = []
     for number, hidden in _final_batches(decoder, blocks.tokens, hidden_NTD, batch_size, label):
         rows = slice(number * batch_size, (number + 1) * batch_size)
         require_finite(len(decoder), hidden)
         parent = None if reference is None else reference.hidden_NTD[rows].to(hidden.device)
-        sums.append(_sums(decoder, hidden, blocks.tokens[rows], blocks.labelled[rows], reference, parent))
-    nll_N, parent_N, kl_N, agreement_N = torch.cat(sums, dim=1)
-    labelled_N = blocks.labelled.sum(1).double()
-    tokens_N, targets_N = torch.full_like(labelled_N, blocks.tokens.shape[1]), labelled_N.clamp(min=1)
+        found.append(_by_token(decoder, hidden, blocks.tokens[rows], blocks.labelled[rows], reference, parent))
+    nll_NT, parent_NT, kl_NT, agreement_NT = torch.cat(found, dim=1)
+    labelled_N = blocks.labelled[:, 1:].sum(1).double()
+    return TokenFigures(nll_NT, parent_NT, kl_NT, agreement_NT, labelled_N, reference is not None)
+
+
+def quality_of(figures: TokenFigures) -> Quality:
+    """Return the means over all tokens, with their errors over the blocks."""
+    labelled_N = figures.labelled_N
+    nll_N, parent_N = figures.nll_NT.sum(1), figures.parent_nll_NT.sum(1)
+    tokens_N, targets_N = torch.full_like(labelled_N, figures.kl_NT.shape[1]), labelled_N.clamp(min=1)
     ppl = exp_of(block_mean(nll_N / targets_N, labelled_N))
-    if reference is None:
+    if not figures.compared:
         return Quality(None, None, ppl)
     return Quality(
-        kl_nats=block_mean(kl_N / tokens_N, tokens_N),
-        top1_agreement_fraction=block_mean(agreement_N / tokens_N, tokens_N),
+        kl_nats=block_mean(figures.kl_NT.mean(1), tokens_N),
+        top1_agreement_fraction=block_mean(figures.agreement_NT.mean(1), tokens_N),
         ppl=ppl,
         ppl_ratio=exp_of(block_mean((nll_N - parent_N) / targets_N, labelled_N)),
     )
@@ -131,7 +167,7 @@ def _final_batches(
     return ((number, part.to(device)) for number, part in enumerate(hidden_NTD.split(batch_size)))
 
 
-def _sums(
+def _by_token(
     decoder: Decoder,
     hidden_BTD: Tensor,
     tokens_BT: Tensor,
@@ -139,38 +175,17 @@ def _sums(
     reference: Reference | None,
     parent_BTD: Tensor | None,
 ) -> Tensor:
-    """Return per block the sums [4, B]: nll of labelled targets, and the parent's; KL and agreement over positions."""
+    """Return [4, B, T]: nll of labelled targets, and the parent's; KL and agreement."""
     device, (batch, length) = hidden_BTD.device, tokens_BT.shape
     targets = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1).to(device)  # the last position predicts nothing
     counted = torch.cat([labelled_BT[:, 1:], torch.zeros_like(labelled_BT[:, :1])], dim=1).to(device)
-    sums = torch.zeros(4, batch, dtype=torch.float64)
+    found = torch.zeros(4, batch, length, dtype=torch.float64)
     for part in token_chunks(batch, length, decoder.vocab_size, device):
         log_probs = log_probabilities(head_logits(decoder, hidden_BTD[:, part]))
-        sums[0] += (token_nll(log_probs, targets[:, part]) * counted[:, part]).sum(1).double().cpu()
+        found[0, :, part] = (token_nll(log_probs, targets[:, part]) * counted[:, part]).double().cpu()
         if reference is not None and parent_BTD is not None:
             parent = log_probabilities(head_logits(reference.decoder, parent_BTD[:, part]))
-            sums[1] += (token_nll(parent, targets[:, part]) * counted[:, part]).sum(1).double().cpu()
-            sums[2] += kl_to_parent(parent, log_probs).sum(1).double().cpu()
-            sums[3] += (parent.argmax(-1) == log_probs.argmax(-1)).sum(1).double().cpu()
-    return sums
-
-
-@torch.no_grad()
-def write_samples(model: Any, tokenizer: Any, *, num_tokens: int, label: str) -> list[dict[str, str]]:
-    """Return [{prompt, text}]: what the model writes greedily after each of PROMPTS, in its own chat template."""
-    samples = []
-    for prompt in track(PROMPTS if num_tokens else (), label, len(PROMPTS)):
-        if tokenizer.chat_template:
-            message = [{"role": "user", "content": prompt}]
-            rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            encoded = tokenizer(rendered, return_tensors="pt", add_special_tokens=False)
-        else:
-            encoded = tokenizer(prompt, return_tensors="pt")
-        ids = encoded.input_ids.to(device_of(model))
-        mask = torch.ones_like(ids)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        written = model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False, pad_token_id=pad)
-        samples.append(
-            {"prompt": prompt, "text": tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)}
-        )
-    return samples
+            found[1, :, part] = (token_nll(parent, targets[:, part]) * counted[:, part]).double().cpu()
+            found[2, :, part] = kl_to_parent(parent, log_probs).double().cpu()
+            found[3, :, part] = (parent.argmax(-1) == log_probs.argmax(-1)).double().cpu()
+    return found

@@ -48,10 +48,14 @@ def dressed(
 
 
 @contextlib.contextmanager
-def moved(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Within, these modules are on a device; after it, each is where it was."""
+def moved(modules: Iterable[nn.Module], device: torch.device, *, same: bool = False) -> Iterator[None]:
+    """Within, these modules are on a device; after it, each is where it was.
+
+    With `same`, weights that ask for no gradient are the same after it as before: they need not be copied back.
+    """
     firsts = [(module, next(module.parameters(), None)) for module in modules]
     chosen = [(module, first.device) for module, first in firsts if first is not None]
+    before = [(weight, weight.data) for module, _ in chosen for weight in module.parameters() if same]
     for module, _ in chosen:
         module.to(device)
     if torch.cuda.is_available():
@@ -59,6 +63,9 @@ def moved(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        for weight, data in before:
+            if not weight.requires_grad:
+                weight.data = data
         for module, home in chosen:
             module.to(home)
 

@@ -22,7 +22,7 @@ import torch
 from layerscalpel.data import TokenBlocks
 from layerscalpel.errors import UserError
 from layerscalpel.layers import Decoder, device_of
-from layerscalpel.objectives import weights_of
+from layerscalpel.objectives import asks_parent, weights_of
 from layerscalpel.parallel import ALONE, Team
 from layerscalpel.phase import Choose, HealResult, Phase
 from layerscalpel.places import Place, require_place
@@ -79,10 +79,12 @@ def heal_model(
 
     Raises:
         UserError: settings contradict each other. The loss is not finite; the line says at which step and learning
-            rate, and the student is in its best state then (with heal.shard, in the one before). Or a single block
-            does not fit into memory.
+            rate (a DivergedError), and the student is in its best state then (with heal.shard, in the one before).
+            Or a single block does not fit into memory.
     """
     refuse_contradictions(settings)
+    if settings.method == "none":
+        raise UserError("heal.method=none trains nothing - choose endpoint, lora, last or all")
     require_place(settings, team.size)
     place = Place(device or device_of(student.model), team, settings.frozen, settings.shard)
     phases = [settings]
@@ -94,8 +96,8 @@ def heal_model(
         choose, suffix = HEALERS[phase.method].choose, "" if number == 1 else f"-{number}"
         assert choose is not None, "a recipe that trains nothing is not healed"
         touched = min((i for result in results for i in result.layers), default=len(student))
-        work = Phase(choose, student, parent, tuple(seams), phase, scratch, place, suffix, touched)
-        results.append(work.train(blocks, validation, seed))
+        work = Phase(choose, student, parent, tuple(seams), phase, scratch, place, suffix, touched, seed)
+        results.append(work.train(blocks, validation))
     team.most(0)  # all have read what is there
     for left in scratch.glob("state*.pt") if team.rank == 0 else ():
         left.unlink()
@@ -117,6 +119,16 @@ def refuse_contradictions(settings: HealSettings) -> None:
         findings.append(
             f"heal.expand={settings.expand} has no effect with heal.method={settings.method}"
             " - allowed with endpoint, last and all; set heal.expand=0"
+        )
+    if settings.kl_weight != 1 and settings.objective != "both":
+        findings.append(
+            f"heal.kl_weight={settings.kl_weight:g} weighs the KL beside cross-entropy, and has no effect with"
+            f" heal.objective={settings.objective} - set heal.objective=both, or leave it out"
+        )
+    if settings.teacher != "hidden" and not asks_parent(settings):
+        findings.append(
+            f"heal.teacher={settings.teacher} has no effect with heal.objective={settings.objective}, which asks"
+            " nothing of the parent - heal by kl or both, or leave it out"
         )
     if settings.method == "last" and "seam" in weights_of(settings):
         findings.append(

@@ -74,7 +74,7 @@ def _phase_text(phase: Heal) -> str:
     layers = f"layer{'s' * (len(phase['layers']) > 1)} {ranges(phase['layers'])}"
     trained = f"{count(phase['trained_parameters'])} parameters in {layers} of the cut model"
     if phase.get("expand"):
-        trained += f" (linear layers as products of {phase['expand']} times their rank)"
+        trained += f" (linear layers as products of {phase['expand']} times their rank, counted as such)"
     rate = f", with a learning rate of {plain(phase['lr'])}" if "lr" in phase else ""
     return (
         f"{trained} were trained (`{phase['method']}`, objective `{phase['objective']}`: {objective_words(phase)}) for"
@@ -138,6 +138,12 @@ def heal_warnings(results: Results) -> list[str]:
         return found
     if heal.get("failed"):
         found.append(failure_text(heal))
+    kl = heal.get("kl_nats", {})
+    if "cut" in kl and not heal.get("failed") and kl["after"]["value"] > kl["before"]["value"]:
+        found.append(
+            f"Healing gave back some of what the stitch had gained: the KL to the parent went from"
+            f" {measured(kl['before'])} to {measured(kl['after'])} nats per token on {kl['text']} text."
+        )
     kept = [phase["best_step"] for phase in phases_of(heal)]
     if not any(kept):
         found.append("No step of healing lowered the held-out loss: the healed model is the one it began with.")

@@ -191,11 +191,11 @@ def _block_nll(decoder: Decoder, hidden_BTD: Tensor, targets_T: Tensor) -> Tenso
     return torch.cat(parts)
 
 
-def doubling_bins(length: int) -> list[tuple[int, int]]:
+def doubling_bins(length: int, first: int = FIRST_BIN) -> list[tuple[int, int]]:
     """Return bins (from, to) of the positions 1 .. length - 1, `to` excluded: 1, 64, 128, 256, ... up to the length."""
     edges = [1]
-    edge = FIRST_BIN
-    while edge + FIRST_BIN <= length:
+    edge = first
+    while edge + first <= length:
         edges.append(edge)
         edge *= 2
     return list(zip(edges, [*edges[1:], length], strict=True))

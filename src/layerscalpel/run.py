@@ -26,7 +26,9 @@ from layerscalpel.settings import Config
 from layerscalpel.workbench import Workbench
 
 
-def run(config: Config, out: str | Path, *, until: str = "report", redo: str | None = None) -> dict[str, Any]:
+def run(
+    config: Config, out: str | Path, *, until: str = "report", redo: str | None = None, known: Path | None = None
+) -> dict[str, Any]:
     """Run the stages that are not finished yet, up to `until`, and return the contents of results.json.
 
     Args:
@@ -34,6 +36,7 @@ def run(config: Config, out: str | Path, *, until: str = "report", redo: str | N
         out: the run directory.
         until: the last stage to run.
         redo: run this stage and all after it again.
+        known: another run of the same parent, whose results of tasks on it are taken where all else is the same.
 
     Raises:
         UserError: a mistake the user can mend; what is finished stays.
@@ -42,7 +45,7 @@ def run(config: Config, out: str | Path, *, until: str = "report", redo: str | N
     wanted = stages_until(until)
     parallel.join(config.model.device)
     check_before_loading(config, wanted)
-    bench = Workbench(config, Path(out), wanted)
+    bench = Workbench(config, Path(out), wanted, known)
     if parallel.rank():
         return help_along(bench)
     folder = open_for_all(bench, config, redo)

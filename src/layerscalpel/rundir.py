@@ -33,12 +33,16 @@ STAGES: dict[str, tuple[str, ...]] = {
     "search": ("model", "target", "data", "search", "seed"),
     "cut": ("cut",),
     "stitch": ("stitch",),
-    "heal": ("heal",),
+    "heal": ("heal", "healing text"),
     "evaluate": ("evaluate",),
     "benchmark": ("benchmark",),
     "report": (),
 }
 """Stages in order, and the settings that each adds to what the ones before it depend on."""
+HEALING_TEXT = ("healing", "healing_blocks", "healing_block_tokens", "validation_fraction", "answers", "answer_tokens")
+"""Settings of the section data that healing alone reads: its text is drawn after all other."""
+KEYED = ("heal", "evaluate")
+"""Stages that find out themselves what of an interrupted attempt with other settings they can go on with."""
 ELSEWHERE = {"model": ("device", "offload"), "search": ("device_gib", "stream_gib"), "heal": ("shard",)}
 """Settings that say where a run computes; another machine may go on with it."""
 
@@ -85,7 +89,12 @@ def fingerprints(config: Config) -> dict[str, str]:
     settings = to_dict(config)
     for section, names in ELSEWHERE.items():
         settings[section] = {key: value for key, value in settings[section].items() if key not in names}
-    inputs = [file_identity(n) for n in (config.model.name, *_sources(config))]
+    names = [name for name, _ in sources_in(config.data.healing)]
+    settings["healing text"] = {name: settings["data"].pop(name) for name in HEALING_TEXT}
+    settings["healing text"]["files"] = [file_identity(name) for name in names]
+    settings["evaluate"]["task files"] = [file_identity(name) for name in config.evaluate.tasks.split(",")]
+    held_out = [name for name, _ in sources_in(config.data.evaluation)]
+    inputs = [file_identity(name) for name in (config.model.name, config.data.calibration, *held_out)]
     chain, result = json.dumps(inputs), {}
     for stage, sections in STAGES.items():
         before = result["heal"] if stage == "benchmark" else chain  # it does not depend on evaluate
@@ -101,11 +110,7 @@ def _read_by_search(config: Config) -> tuple[str, ...]:
     if config.target.segment is not None:
         return ()
     pilots, times = config.search.method == "pilot", config.target.latency_ms is not None
-    return (("heal",) if pilots else ()) + (("benchmark",) if times else ())
-
-
-def _sources(config: Config) -> list[str]:
-    return [config.data.calibration, *(name for name, _ in sources_in(config.data.healing)), config.data.evaluation]
+    return (STAGES["heal"] if pilots else ()) + (("benchmark",) if times else ())
 
 
 class RunDir:
@@ -121,7 +126,7 @@ class RunDir:
         self.fingerprints = fingerprints(config)
         self._refuse_foreign()
         self._lock = self._locked()
-        if aside.restore(self.path):  # by a call that was killed while it did something again
+        if aside.restore(self.path, KEYED):  # by a call that was killed while it did something again
             write_json(self.path / "results.json", self.results())
         stale = stages_from(redo) if redo else []
         self._refuse_other_settings(stale)
@@ -151,9 +156,13 @@ class RunDir:
         return lock
 
     def _set_aside(self, stale: list[str]) -> None:
-        """Set aside what is to be redone, checkpoints and pages too, until the first stage of it is done again."""
+        """Set aside what is to be redone, checkpoints and pages too, until the first stage of it is done again.
+
+        What was begun and not finished is no result: it stays, and goes on if it can.
+        """
         if stale:
-            aside.set_aside(self.path, [*stale, "report.html", "README.md"])
+            done = [stage for stage in stale if self.done(stage) or not (self.path / stage / aside.STARTED).exists()]
+            aside.set_aside(self.path, [*done, "report.html", "README.md"])
             write_json(self.path / "results.json", self.results())
 
     def _refuse_other_settings(self, stale: list[str]) -> None:
@@ -176,14 +185,14 @@ class RunDir:
     def stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """Return the stage's result, from its folder if it is finished, else by doing the work there.
 
-        `work(folder)` returns plain values. An interrupted stage keeps its folder, and goes on in it only with the same
-        fingerprint.
+        `work(folder)` returns plain values. An interrupted stage keeps its folder, and goes on in it with the same
+        fingerprint, or by what it finds there.
         """
         finished = self.done(name)
         if finished:
             return finished["result"]
-        folder, mark = self.path / name, self.path / name / "started.json"
-        if not (mark.exists() and read_json(mark)["fingerprint"] == self.fingerprints[name]):
+        folder, mark = self.path / name, self.path / name / aside.STARTED
+        if not (mark.exists() and (name in KEYED or read_json(mark)["fingerprint"] == self.fingerprints[name])):
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(folder / "model", ignore_errors=True)  # an unfinished stage's checkpoint may lack its proof
         folder.mkdir(parents=True, exist_ok=True)
@@ -215,7 +224,7 @@ class RunDir:
 
     def close(self) -> None:
         """Let other processes in; what was to be redone and was not is there again."""
-        if aside.restore(self.path):
+        if aside.restore(self.path, KEYED):
             write_json(self.path / "results.json", self.results())
         self._lock.close()
 
@@ -245,6 +254,19 @@ def finished_results(path: str | Path, config: Config, until: str | None, redo: 
         return read_json(path / "results.json")
     except UserError:
         return None
+
+
+def require_models(path: Path) -> None:
+    """Refuse a run directory that no stage has written a checkpoint to.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not any((path / stage / "model").is_dir() for stage in STAGES):
+        raise UserError(
+            f"run directory {path} holds no models yet, so there is nothing to measure"
+            f" - finish its cut first: scalpel run MODEL --until cut --out {path}"
+        )
 
 
 def stages_until(last: str) -> list[str]:

@@ -21,6 +21,7 @@ FrozenName = Literal["device", "cpu", "4bit"]
 CacheDtype = Literal["auto", "float32", "bfloat16", "float16"]
 ProofName = Literal["auto", "memory", "parts", "none"]
 OffloadName = Literal["none", "cpu", "disk"]
+EngineName = Literal["vllm", "llama.cpp"]
 AnswersName = Literal["given", "greedy", "sampled"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -76,11 +77,11 @@ class DataSettings:
     """Text, and the sizes of its disjoint parts."""
 
     calibration: str = "c4"
-    """Text that the search reads: a named source or a .jsonl[.gz] or .txt file."""
+    """Text that the search reads: a named source or a .jsonl, .json, .txt or .md file, also with .gz."""
     healing: str = "alpaca"
     """Text or instructions that heal the seam: a named source, a file, or a mix by weight as alpaca=2,c4=1."""
     evaluation: str = "c4"
-    """Held-out text that measures the result: a named source or a file."""
+    """Held-out text that measures the result: a named source, a file, or a mix by weight as c4=1,alpaca=1."""
     block_tokens: int = bounded(256, 8)
     """Length of a calibration or evaluation block."""
     healing_block_tokens: int = bounded(512, 8)
@@ -233,10 +234,24 @@ class EvaluateSettings:
     """Blocks per forward."""
     sample_tokens: int = bounded(64, 0)
     """New tokens of each generated sample; 0 switches samples off."""
+    sample_prompts: int = bounded(16, 1, 16)
+    """Prompts that each model continues, each greedily and by lot."""
     context_tokens: int | None = bounded(None, 8)
     """Length of the texts of the long-context check; None is the model's context limit, at most 4,096."""
     long_blocks: int = bounded(4, 0)
     """Texts of the long-context check, perplexity by position; 0 switches it off."""
+    tasks: str = "none"
+    """Tasks of lm-evaluation-harness: default, offline, offline:NAME, names, groups or task files, comma separated."""
+    limit: int | None = bounded(None, 1)
+    """Items per task, the first so many; None takes all."""
+    fewshot: int | None = bounded(None, 0, 100)
+    """Examples before each item of a task; None takes each task's own number."""
+    task_batch_size: int | None = bounded(None, 1)
+    """Sequences of a task at once; None is 16 on the cpu and 64 elsewhere, halved where memory runs out."""
+    task_tokens: int | None = bounded(None, 8)
+    """Longest sequence of a task; a longer one loses its beginning. None is the model's context limit."""
+    chat_template: bool = False
+    """Put the items of tasks into the tokenizer's chat template."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +268,16 @@ class BenchmarkSettings:
     """Sequences at once."""
     repeats: int = bounded(5, 2)
     """Timed rounds per model, interleaved, after one warm-up round."""
+    batch_sizes: tuple[int, ...] = bounded((8,), 1)
+    """Numbers of sequences that are timed as well, as 4,16."""
+    prompt_lengths: tuple[int, ...] = bounded((), 1)
+    """Lengths of the prompt that are timed as well, as 512,2048."""
+    graphs: bool = True
+    """On a GPU, decode by a CUDA graph over a static cache too; where that works its figures stand in first place."""
+    latency: bool = False
+    """Fit the milliseconds of a generated token to the number of layers; a target in milliseconds does so anyway."""
+    engines: tuple[EngineName, ...] = ()
+    """Inference engines that time the checkpoints too, where they are installed: vllm, llama.cpp."""
 
 
 @dataclass(frozen=True)

@@ -19,30 +19,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerscalpel import benchmark as speed
 from layerscalpel import evaluate as quality
 from layerscalpel import parallel
+from layerscalpel.byblock import by_block, save_blocks, token_identity
 from layerscalpel.card import model_card
 from layerscalpel.carried import carry_files
 from layerscalpel.checkpoint import cut_checkpoint
 from layerscalpel.config import to_dict
 from layerscalpel.decoder import Loaded, choose_device, num_parameters, save_decoder, weight_bytes
-from layerscalpel.heal import HealResult, heal_model
+from layerscalpel.distances import distances
+from layerscalpel.errors import DivergedError
+from layerscalpel.heal import heal_model
 from layerscalpel.history import forget_parent
-from layerscalpel.judge import Judge, ruined
 from layerscalpel.layers import Decoder
-from layerscalpel.losses import Measured
 from layerscalpel.objectives import asks_parent
 from layerscalpel.origin import DTYPES, Origin, checkpoint_folder, peek
+from layerscalpel.overlap import overlaps
 from layerscalpel.places import spares_device
 from layerscalpel.progress import say
+from layerscalpel.retention import retentions
 from layerscalpel.search import SEARCHES
 from layerscalpel.segment import Segment, seams_of
+from layerscalpel.speed import measure_speed
 from layerscalpel.stitch import stitch_model
 from layerscalpel.targets import aim, best_of_rates, given_segment, surface
 from layerscalpel.task import Task, first_sound
 from layerscalpel.tworuns import better_of_one_and_two
+from layerscalpel.verdict import keep_better, keep_good, measured_before, save_healed
 from layerscalpel.workbench import Workbench
+from layerscalpel.writing import probe
 
 SKIPPED: dict[str, Any] = {"skipped": True}
 
@@ -125,6 +130,10 @@ def _save(model: Any, parent: Loaded, folder: Path) -> dict[str, int]:
     save_decoder(model, parent.tokenizer, folder, dtype=parent.origin.dtype)
     if source := checkpoint_folder(parent.origin):
         carry_files(source, folder)
+    return _sizes(model, parent)
+
+
+def _sizes(model: Any, parent: Loaded) -> dict[str, int]:
     return {"parameters": num_parameters(model), "bytes": weight_bytes(model, parent.origin.dtype)}
 
 
@@ -150,81 +159,56 @@ def heal(bench: Workbench, segments: Sequence[Segment], folder: Path) -> dict[st
     judge = None if team.rank else bench.judge()
     with bench.parent_aside() if spares else contextlib.nullcontext():
         child = bench.child("stitch", "cut", in_host_memory=spares)
-        before = _before_healing(bench, judge, child) if judge else {}
-        result = heal_model(
-            child,
-            parent,
-            seams_of(segments),
-            parts.healing,
-            parts.validation,
-            settings,
-            seed=bench.config.seed,
-            scratch=folder,
-            team=team,
-            device=choose_device(bench.config.model.device),
-        )
+        before = measured_before(bench, judge, child) if judge else {}
+        how = {"seed": bench.config.seed, "scratch": folder, "team": team}
+        try:
+            given = (child, parent, seams_of(segments), parts.healing, parts.validation, settings)
+            result = heal_model(*given, **how, device=choose_device(bench.config.model.device))
+        except DivergedError as error:
+            raise (keep_good(bench, child, error) if judge else error) from error
         bench.together = False
         if judge is None:
             return {}
-        verdict, child = _judged(bench, judge, result, before, child)
+        save_healed(bench, result, child, folder / "model")
+        sizes = _sizes(child.model, bench.parent)
+        del child  # another of its size is loaded
+        verdict = keep_better(bench, judge, result, before, folder / "model")
     summaries = {"healing": parts.healing.summary(), "validation": parts.validation.summary()}
-    found = result.to_dict() | verdict | {"data": summaries} | _save(child.model, bench.parent, folder / "model")
+    found = result.to_dict() | verdict | {"data": summaries} | sizes
     return found | ({"processes": team.size} if team.size > 1 else {})
 
 
-def _before_healing(bench: Workbench, judge: Judge, child: Decoder) -> dict[str, Measured]:
-    """Return the KL of the model that healing begins with, and of the cut one where a stitch came between."""
-    measured = {"before": judge.kl(child, "before healing")}
-    if bench.child_folder("stitch", "cut").parent.name == "stitch":
-        bare = bench.child("cut", in_host_memory=spares_device(bench.config.heal))
-        measured = {"cut": judge.kl(bare, "of the cut model"), **measured}
-    return measured
-
-
-def _judged(
-    bench: Workbench, judge: Judge, result: HealResult, before: dict[str, Measured], child: Decoder
-) -> tuple[dict[str, Any], Decoder]:
-    """Return what healing did to the KL, and the model to keep: the healed one, unless it is worse than the cut."""
-    best_steps = [phase.best_step for phase in (result, result.second) if phase]
-    after = judge.kl(child, "after healing") if any(best_steps) else before["before"]
-    unhealed = before.get("cut", before["before"])
-    measured = {name: kl.to_dict() for name, kl in (before | {"after": after}).items()}
-    verdict = {"kl_nats": {**measured, "text": bench.judged_by}, "failed": ruined(unhealed, after)}
-    if not any(best_steps):
-        say("healing never beat the unhealed model on the validation blocks: the unhealed weights are kept")
-    if not verdict["failed"]:
-        return verdict, child
-    say(
-        f"healing failed: it took the KL to the parent from {unhealed.value:.3g} to {after.value:.3g} nats per token on"
-        f" {bench.judged_by} text, so the weights it began with are kept - try another heal.lr, objective or text"
-    )
-    return verdict, bench.child("stitch", "cut", in_host_memory=spares_device(bench.config.heal))
-
-
-def evaluate(bench: Workbench, _folder: Path) -> dict[str, Any]:
+def evaluate(bench: Workbench, folder: Path) -> dict[str, Any]:
     """Measure parent, cut and healed model on the same held-out blocks, and let each write."""
     settings, blocks = bench.config.evaluate, bench.parts.evaluation
     decoder, size = bench.decoder, settings.batch_size
     final = quality.final_hidden(decoder, blocks.tokens, batch_size=size, label="parent", store=bench.store)
     reference = quality.Reference(decoder, final)
     measured: dict[str, Any] = {"data": {"evaluation": blocks.summary()}}
-    long = bench.long_check()
+    long, exam = bench.long_check(), bench.exam(folder)
+    text, tokenizer = measured["data"]["evaluation"]["sha256"], token_identity(bench.parent.tokenizer)
+    how: dict[str, Any] = {"num_tokens": settings.sample_tokens, "num_prompts": settings.sample_prompts}
+    how |= {"context": bench.origin.max_tokens, "seed": bench.config.seed}
 
-    def measure(name: str, model: Decoder, against: quality.Reference | None) -> None:
+    def measure(name: str, model: Decoder, against: quality.Reference | None, stage: str | None = None) -> None:
         hidden = final if model is decoder else None
-        found = quality.evaluate(model, blocks, against, hidden, batch_size=size, label=f"evaluating {name}")
-        num_tokens = settings.sample_tokens if model.resident is None else 0  # token by token from disk takes too long
-        written = quality.write_samples(
-            model.model, bench.parent.tokenizer, num_tokens=num_tokens, label=f"samples of {name}"
-        )
-        measured[name] = found.to_dict() | long.measure(name, model) | ({"samples": written} if written else {})
+        found = quality.token_figures(model, blocks, against, hidden, batch_size=size, label=f"evaluating {name}")
+        save_blocks(folder, name, by_block(found, text=text, tokenizer=tokenizer))
+        measured[name] = distances(found, blocks.domains) | long.measure(name, model)
+        if model.resident is None:  # token by token from disk takes too long
+            measured[name] |= probe(model.model, bench.parent.tokenizer, label=f"samples of {name}", **how)
+        measured[name] |= exam.measure(name, model.model, bench.identity(stage))
 
     measure("parent", decoder, None)
     for stage, name in (("cut", "cut"), ("stitch", "stitched"), ("heal", "healed")):
         if (bench.path / stage / "model").is_dir():
-            measure(name, bench.child(stage), reference)
+            measure(name, bench.child(stage), reference, stage)
     measured["data"] |= long.summary()
-    return measured | long.note()
+    for name, results in exam.results.items():
+        if name != "parent":
+            measured[name]["retention"] = retentions(exam.results["parent"], results, seed=bench.config.seed).to_dict()
+    overlap = {"overlap": overlaps(exam.texts(), bench.parts.used)} if exam.results else {}
+    return measured | long.note() | exam.summary() | overlap
 
 
 def benchmark(bench: Workbench, segments: Sequence[Segment], _folder: Path) -> dict[str, Any]:
@@ -233,12 +217,12 @@ def benchmark(bench: Workbench, segments: Sequence[Segment], _folder: Path) -> d
         return SKIPPED
     final = bench.child_folder("heal", "stitch", "cut")
     name = {"heal": "healed", "stitch": "stitched", "cut": "cut"}[final.parent.name]
-    models = {"parent": bench.parent.model, name: bench.load(str(final)).model}
+    models = {"parent": bench.parent, name: bench.load(str(final))}
     if bench.decoder.resident is not None:
         say("the parent does not fit into memory, so the cut model is timed alone")
         del models["parent"]
     ideal = segments[0].num_layers / (segments[0].num_layers - sum(map(len, segments)))
-    return speed.benchmark(models, bench.config.benchmark, seed=bench.config.seed) | {"ideal_speedup": ideal}
+    return measure_speed(models, bench.config.benchmark, seed=bench.config.seed) | {"ideal_speedup": ideal}
 
 
 def report(bench: Workbench, results: dict[str, Any], origin: dict[str, Any], _folder: Path) -> dict[str, Any]:

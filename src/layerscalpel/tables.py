@@ -15,8 +15,11 @@ from layerscalpel.longwords import long_lines
 from layerscalpel.racewords import race_line
 from layerscalpel.searchwords import pilot_rows, refused_text, two_runs_text
 from layerscalpel.segment import spoken
+from layerscalpel.speedwords import said, speed_lines
 from layerscalpel.summary import plain, ranges, removed_segments, size, summary_rows, with_error
 from layerscalpel.targetwords import target_text
+from layerscalpel.tasktables import print_tasks
+from layerscalpel.writingwords import writing_warnings
 
 SAMPLE_CHARACTERS = 320
 
@@ -33,8 +36,9 @@ def print_results(results: dict[str, Any], out: Path, console: Console) -> None:
     rows = summary_rows(results)
     if rows:
         console.print(results_table(rows))
-    for line in long_lines(results):
+    for line in [*long_lines(results), *writing_warnings(results)]:
         console.print(escape(line), highlight=False)
+    print_tasks(results, console)
     _print_speed(results.get("benchmark", {}), console)
     _print_sample(results.get("evaluate", {}), console)
     page = out / "report.html"
@@ -73,26 +77,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _perplexity(ppl: dict[str, Any] | None, ratio: dict[str, Any] | None) -> str:
     """Return a perplexity and its ratio to the parent's, whose error is that of the difference alone, where known."""
     return with_error(ppl, digits=2) if not ppl or not ratio else f"{ppl['value']:.2f} ({with_error(ratio, 2)})"
-
-
-def comparison_table(runs: dict[str, dict[str, Any]]) -> Table:
-    """Return one row for the final model of each run, and each parent once."""
-    table = Table("run", "model", "removed", "search", title="± is one standard error over blocks", title_style="dim")
-    _add_measures(table)
-    parents = set()
-    for name, results in runs.items():
-        rows = summary_rows(results)
-        parent = results.get("parent", {}).get("name")
-        wanted = [*(rows[:1] if parent not in parents else []), *rows[1:][-1:]]
-        parents.add(parent)
-        for row in wanted:
-            own = row["model"] != "parent"
-            removed = " + ".join(f"[{run.start}, {run.stop})" for run in removed_segments(results)) if own else ""
-            found = results.get("search", {}).get("method", "given" if "segment" in results else "-")
-            method = found if own else "-"
-            model = f"{row['model']} (failed)" if own and results.get("heal", {}).get("failed") else row["model"]
-            table.add_row(escape(name), model, escape(removed or "-"), method, *_cells(row)[1:])
-    return table
 
 
 def _print_search(results: dict[str, Any], console: Console) -> None:
@@ -151,10 +135,12 @@ def _print_speed(found: dict[str, Any], console: Console) -> None:
     if "model" in found:
         prefill, decode = (with_error(found["model"][key]) for key in ("prefill_s", "decode_tokens_per_s"))
         console.print(f"prefill {prefill} s, decode {decode} tokens/s on {found['device']}", highlight=False)
-    if "speedup" not in found:
-        return
-    gains = ", ".join(f"{kind} {with_error(found['speedup'][kind], 2)}x" for kind in ("prefill", "decode"))
-    console.print(f"speed-up: {gains} (ideal {found['ideal_speedup']:.2f}x) on {found['device']}", highlight=False)
+    if "speedup" in found:
+        ratios = ((kind, found["speedup"][kind]) for kind in ("prefill", "decode"))
+        gains = ", ".join(f"{kind} {said(ratio, f'{with_error(ratio, 2)}x')}" for kind, ratio in ratios)
+        console.print(f"speed-up: {gains} (ideal {found['ideal_speedup']:.2f}x) on {found['device']}", highlight=False)
+    for line in speed_lines(found):
+        console.print(escape(line), highlight=False)
 
 
 def _print_sample(evaluated: dict[str, Any], console: Console) -> None:

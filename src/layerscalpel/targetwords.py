@@ -9,8 +9,8 @@ from typing import Any
 
 from layerscalpel.summary import Results, count, measured
 
-FIT_FRACTION = 0.1
-"""A fit of the latency that is further off is warned of."""
+FIT_FRACTION = 0.05
+"""A fit of the latency that is further off is warned of, where the check does not state its own tolerance."""
 
 
 def target_text(results: Results) -> str:
@@ -105,6 +105,6 @@ def target_warnings(results: Results) -> list[str]:
                 f"The target of {found['asked_ms']:g} ms is not met in the benchmark: the result took {measured(timed)}"
                 " ms a token."
             )
-        if abs(check["error_fraction"]["value"]) > FIT_FRACTION:
+        if abs(check["error_fraction"]["value"]) > check.get("tolerance_fraction", FIT_FRACTION):
             warnings.append(f"At a depth that was not fitted the predicted latency is {_off(check)} the measured one.")
     return warnings

@@ -9,7 +9,7 @@ Several processes take the same steps on the same batches: each goes through its
 and terms of the loss are added up. All hold the same numbers at the end of a step, so all take the same decisions;
 memory that runs out for one makes all halve. Rank 0 writes the state, and any number of processes goes on from it.
 
-    training = Training(parameters, settings, num_blocks=len(blocks), seed=0, state_file=folder / "state.pt")
+    training = Training(parameters, settings, num_blocks=len(blocks), seed=0, state=StateFile(path, key))
     training.run(loss, frozen, held_out)
 """
 
@@ -19,20 +19,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from layerscalpel.errors import UserError
+from layerscalpel.errors import DivergedError, UserError
 from layerscalpel.frozen import Frozen
 from layerscalpel.gradients import add_up, clipped
 from layerscalpel.memory import halved
 from layerscalpel.objectives import SeamLoss
 from layerscalpel.parallel import ALONE, Team
 from layerscalpel.progress import say, track
-from layerscalpel.resume import read_state, training_key, turned, write_state
+from layerscalpel.resume import StateFile, turned
+from layerscalpel.schedule import learning_rate, total_steps
 from layerscalpel.settings import HealSettings
 from layerscalpel.spread import local, part_of, whole
 
@@ -63,13 +63,12 @@ class Training:
         *,
         num_blocks: int,
         seed: int,
-        state_file: Path,
+        state: StateFile,
         team: Team = ALONE,
     ) -> None:
-        self.settings, self.num_blocks, self.seed, self.state_file = settings, num_blocks, seed, state_file
+        self.settings, self.num_blocks, self.seed, self.state = settings, num_blocks, seed, state
         self.parameters, self.team = list(parameters), team
         self.spread = any(isinstance(parameter, DTensor) for parameter in self.parameters)
-        self.key = training_key(self.parameters, settings, num_blocks, seed)
         self.masters = [_master(parameter) for parameter in self.parameters]
         team.copy_from_first(() if self.spread else self.masters)
         self._write(self.masters)
@@ -77,11 +76,12 @@ class Training:
         self.adam = torch.optim.AdamW(self.masters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
         self.steps = total_steps(settings, num_blocks)
         self.progress = Progress(settings.micro_batch_size)
-        self.best = self._kept()
+        self.best = [torch.empty_like(local(parameter), device="cpu") for parameter in self.parameters]
+        self._keep()
         self._restore()
 
     def run(self, loss: SeamLoss, frozen: Frozen, held_out: Frozen) -> None:
-        """Train to the end, from where the state file left off if there is one, and load the best state.
+        """Train to the end, from where a kept state left off if there is one, and load the best state.
 
         Raises:
             UserError: the training diverged, or a single block does not fit the device's memory.
@@ -180,9 +180,11 @@ class Training:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
-    def _kept(self) -> list[Tensor]:
-        """Return the weights as they are now, in host memory."""
-        return [local(parameter.detach()).to("cpu", copy=True) for parameter in self.parameters]
+    @torch.no_grad()
+    def _keep(self) -> None:
+        """Keep the weights as they are now, in host memory."""
+        for kept, parameter in zip(self.best, self.parameters, strict=True):
+            kept.copy_(local(parameter))
 
     @torch.no_grad()
     def _write(self, values: Sequence[Tensor]) -> None:
@@ -204,7 +206,7 @@ class Training:
         if value < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step = value, done
             if done:  # before the first step they are kept
-                self.best = self._kept()
+                self._keep()
 
     def _store(self) -> None:
         """Write what a later call needs to go on; of a training that is at its end only what it came to."""
@@ -212,7 +214,6 @@ class Training:
             return
         collect = partial(whole, keep=not self.team.rank)
         state = {
-            "key": self.key,
             "progress": asdict(self.progress),
             "best": list(map(collect, self.best, self.parameters)),
         }
@@ -220,11 +221,11 @@ class Training:
             state["masters"] = list(map(collect, self.masters, self.parameters))
             state["adam"] = turned(self.adam.state_dict(), self.parameters, collect)
         if not self.team.rank:
-            write_state(self.state_file, state)
+            self.state.write(state)
 
     @torch.no_grad()
     def _restore(self) -> None:
-        state = read_state(self.state_file, self.key, mapped=self.spread)
+        state = self.state.read(mapped=self.spread)
         if state is None:
             return
         self.progress = Progress(**state["progress"])
@@ -237,19 +238,6 @@ class Training:
             master.copy_(part_of(stored, parameter))
         self._write(self.masters)
         say(f"healing goes on from step {self.progress.step} of {self.steps}")
-
-
-def is_finished(
-    parameters: Sequence[nn.Parameter], settings: HealSettings, *, num_blocks: int, seed: int, state_file: Path
-) -> bool:
-    """Tell whether an earlier call came to the end of this training."""
-    state = read_state(state_file, training_key(parameters, settings, num_blocks, seed), mapped=True)
-    return state is not None and state["progress"]["step"] == total_steps(settings, num_blocks)
-
-
-def total_steps(settings: HealSettings, num_blocks: int) -> int:
-    """Return the number of optimiser steps."""
-    return settings.epochs * math.ceil(num_blocks / settings.batch_size)
 
 
 def _master(parameter: nn.Parameter) -> Tensor:
@@ -265,15 +253,10 @@ def _added(terms: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str,
 def _require_finite(values: Mapping[str, float], step: int, lr: float) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
-            raise UserError(
-                f"healing diverged: the {name} is {value} at step {step} with learning rate {lr:.2g}"
-                " - lower heal.lr (heal.second_lr in the second phase); the state of the last validation is kept"
+            at = f"at step {step} with learning rate {lr:.2g}" if step else "before the first step"
+            cure = (
+                "lower heal.lr (heal.second_lr in the second phase)"
+                if step
+                else "the weights of the loss, heal.cache_dtype or the number format do not hold its numbers"
             )
-
-
-def learning_rate(step: int, steps: int, settings: HealSettings) -> float:
-    """Return the learning rate of a step, 0-based: linear warm-up, then a cosine down to 0."""
-    warmup = round(steps * settings.warmup_fraction)
-    if step < warmup:
-        return settings.lr * (step + 1) / warmup
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+            raise DivergedError(f"healing diverged: the {name} is {value} {at} - {cure}")

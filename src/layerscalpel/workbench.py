@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from layerscalpel import parallel
+from layerscalpel import aside, parallel
 from layerscalpel.answerfile import AnswerFile
 from layerscalpel.answers import Answering, write_answers
 from layerscalpel.checks import reads_healing
@@ -25,6 +25,7 @@ from layerscalpel.data import Parts, prepare_blocks
 from layerscalpel.decoder import Loaded, choose_device, choose_dtype, load_decoder
 from layerscalpel.draw import Answer
 from layerscalpel.errors import UserError
+from layerscalpel.exam import Exam, prepare_exam
 from layerscalpel.forms import Record
 from layerscalpel.forwards import moved
 from layerscalpel.judge import Judge
@@ -38,6 +39,7 @@ from layerscalpel.plan import plan_cut
 from layerscalpel.probe import find_layers
 from layerscalpel.progress import waiting
 from layerscalpel.records import SELF
+from layerscalpel.rundir import file_identity
 from layerscalpel.search import uses_gate
 from layerscalpel.segment import Segment, segments_of
 from layerscalpel.selftext import sample_blocks
@@ -52,8 +54,10 @@ PLACES = {"cpu": "in host memory", "disk": "on disk"}
 class Workbench:
     """What the stages of one run share, loaded when first needed."""
 
-    def __init__(self, config: Config, path: Path, wanted: list[str]) -> None:
+    def __init__(self, config: Config, path: Path, wanted: list[str], known: Path | None = None) -> None:
         self.config, self.path, self.wanted = config, path, wanted
+        self.known = known
+        """Another run of the same parent: what tasks gave there is not measured again."""
         self.together = False
         """Whether the other processes, if there are any, do the same now."""
         self._let_go = False
@@ -185,6 +189,18 @@ class Workbench:
     def judged_by(self) -> Literal["calibration", "validation"]:
         """The text that healing is judged by; what the parent samples of itself is not there in every call."""
         return "validation" if self.config.data.calibration == SELF else "calibration"
+
+    def exam(self, folder: Path) -> Exam:
+        """Return what measures the tasks of the settings and keeps the results in a folder."""
+        device, earlier = choose_device(self.config.model.device), self.path / f"{aside.MARK}{folder.name}"
+        if self.known and not earlier.exists():
+            earlier = self.known / folder.name
+        return prepare_exam(self.config.evaluate, self.parent.tokenizer, folder, device=device, earlier=earlier)
+
+    def identity(self, stage: str | None = None) -> str:
+        """Return what tells the checkpoint of a stage, or the parent, from another of that name; and its tokenizer."""
+        parent = file_identity(self.origin.place)
+        return parent if stage is None else f"{file_identity(str(self.path / stage / 'model'))}|{parent}"
 
     def judge(self) -> Judge:
         """Return what tells whether healing brought the cut model nearer to its parent."""
