@@ -140,6 +140,7 @@ def environment(*, autoescape: bool) -> Environment:
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {item.__name__: item for item in (measured, plain, count)}
     environment.filters["ratio"] = lambda found: said(found, measured(found))
+    environment.tests["telling"] = tells
     environment.filters["unbroken"] = lambda text: text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
     return environment
 
