@@ -102,7 +102,8 @@ def test_two_seams_are_healed_together(objective: Objective, tmp_path: Path) -> 
     assert {int(name.split(".")[2]) for name in changed_in(student, before)} == {0, 1, 3, 4}
     if objective == "seam":
         terms = naive_terms(cut_apart(), parent_of("llama"), 5, TRAIN.tokens, TRAIN.labelled)
-        assert total(result.validation[0]) == pytest.approx(float(terms["seam"].detach()) / TRAIN.tokens.numel(), rel=1e-4)
+        wanted = float(terms["seam"].detach()) / TRAIN.tokens.numel()
+        assert total(result.validation[0]) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_result_is_plain_json_and_the_scratch_folder_empty(tmp_path: Path) -> None:
