@@ -69,6 +69,7 @@ ORDER = [
     "proof",
     "feed",
     "offload",
+    "packed",
     "items",
     "offline",
     "tasknames",

@@ -11,10 +11,7 @@ Dimensions: N blocks.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerscalpel.errors import UserError
 from layerscalpel.evaluate import TokenFigures
+from layerscalpel.packed import read_packed, write_packed
 
-FORM = 1
-"""Of the files."""
 SPOKEN = "The mill, 3 gulls and 1,024 boats:\n\tnaïve   Zürich 河边 \U0001f6a4 </s>"
 """Text that tokenizers differ on."""
 COLUMNS = ("kl_N", "agreement_N", "nll_N", "labelled_N")
@@ -65,14 +60,9 @@ def by_block(figures: TokenFigures, *, text: str, tokenizer: str) -> BlockResult
 
 def save_blocks(folder: Path, model: str, result: BlockResult) -> Path:
     """Write a model's figures by rename; return the file."""
-    folder.mkdir(parents=True, exist_ok=True)
     columns = {name: None if (item := getattr(result, name)) is None else item.tolist() for name in COLUMNS}
-    content = {"form": FORM, "text": result.text, "tokenizer": result.tokenizer, **columns}
-    path = blocks_file(folder, model)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
-    os.replace(draft, path)
-    return path
+    content = {"text": result.text, "tokenizer": result.tokenizer, **columns}
+    return write_packed(blocks_file(folder, model), content)
 
 
 def load_blocks(folder: Path, model: str) -> BlockResult:
@@ -81,20 +71,15 @@ def load_blocks(folder: Path, model: str) -> BlockResult:
     Raises:
         UserError: there is no such file, or it is damaged.
     """
-    path = blocks_file(folder, model)
-    try:
-        content = json.loads(gzip.decompress(path.read_bytes()))
-        if content.pop("form") != FORM:
-            raise ValueError("another form")
-        columns = {name: content.pop(name) for name in COLUMNS}
-        tensors: dict[str, Any] = {
-            k: None if v is None else torch.tensor(v, dtype=torch.float64) for k, v in columns.items()
-        }
-        return BlockResult(**content, **tensors)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the blocks in {path} cannot be read ({error}) - measure anew: scalpel evaluate DIR"
-        ) from error
+    return read_packed(blocks_file(folder, model), _result, "the blocks", "scalpel evaluate DIR")
+
+
+def _result(content: dict[str, Any]) -> BlockResult:
+    columns = {name: content.pop(name) for name in COLUMNS}
+    tensors: dict[str, Any] = {
+        k: None if v is None else torch.tensor(v, dtype=torch.float64) for k, v in columns.items()
+    }
+    return BlockResult(**content, **tensors)
 
 
 def blocks_file(folder: Path, model: str) -> Path:

@@ -67,9 +67,14 @@ class TokenBlocks:
         names = ("tokens", "labelled", "positions", "filled", "domains")
         return replace(self, **{n: t if (t := getattr(self, n)) is None else t[:count] for n in names})
 
+    @property
+    def sha256(self) -> str:
+        """Hash of the token ids, labels and positions."""
+        tensors = [self.tokens, self.labelled, *([] if self.positions is None else [self.positions])]
+        return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+
     def summary(self) -> dict[str, Any]:
         """Return plain values for provenance; the hash identifies the exact tokens."""
-        tensors = [self.tokens, self.labelled, *([] if self.positions is None else [self.positions])]
         filled = self.tokens.numel() if self.filled is None else int(self.filled.sum())
         found = {
             "source": self.source,
@@ -79,7 +84,7 @@ class TokenBlocks:
             "filled_fraction": filled / max(1, self.tokens.numel()),
             "num_documents": self.num_documents,
             "dropped": self.dropped,
-            "sha256": hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest(),
+            "sha256": self.sha256,
         }
         return found | {name: value for name in ("sources", "answers") if (value := getattr(self, name))}
 

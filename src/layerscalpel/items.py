@@ -10,10 +10,7 @@ Dimensions: I items.
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,9 +22,8 @@ from torch import Tensor
 
 from layerscalpel.errors import UserError
 from layerscalpel.losses import Measured, block_mean
+from layerscalpel.packed import read_packed, write_packed
 
-FORM = 1
-"""Of the files."""
 PREFERRED = ("acc_norm", "acc")
 """Metrics that stand for a task, the first that it has."""
 
@@ -107,13 +103,9 @@ def pooled(name: str, parts: list[TaskResult]) -> TaskResult:
 
 def save_items(folder: Path, model: str, results: Mapping[str, TaskResult]) -> Path:
     """Write a model's results by rename; return the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"form": FORM, "tasks": {name: _plain(result) for name, result in results.items()}}
-    path = items_file(folder, model)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
-    os.replace(draft, path)
-    return path
+    return write_packed(
+        items_file(folder, model), {"tasks": {name: _plain(result) for name, result in results.items()}}
+    )
 
 
 def load_items(folder: Path, model: str) -> dict[str, TaskResult]:
@@ -122,16 +114,11 @@ def load_items(folder: Path, model: str) -> dict[str, TaskResult]:
     Raises:
         UserError: there is no such file, or it is damaged.
     """
-    path = items_file(folder, model)
-    try:
-        content = json.loads(gzip.decompress(path.read_bytes()))
-        if content["form"] != FORM:
-            raise ValueError(f"form {content['form']}")
+
+    def unpack(content: dict[str, Any]) -> dict[str, TaskResult]:
         return {name: _result(name, plain) for name, plain in content["tasks"].items()}
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the items in {path} cannot be read ({error}) - measure anew: scalpel evaluate DIR --tasks ..."
-        ) from error
+
+    return read_packed(items_file(folder, model), unpack, "the items", "scalpel evaluate DIR --tasks ...")
 
 
 def items_file(folder: Path, model: str) -> Path:

@@ -45,7 +45,7 @@ from layerscalpel.stitch import stitch_model
 from layerscalpel.targets import aim, best_of_rates, given_segment, surface
 from layerscalpel.task import Task, first_sound
 from layerscalpel.tworuns import better_of_one_and_two
-from layerscalpel.verdict import keep_better, keep_good, measured_before, save_healed
+from layerscalpel.verdict import BEGUN_WITH, keep_better, keep_good, measured_before, save_healed
 from layerscalpel.workbench import Workbench
 from layerscalpel.writing import probe
 
@@ -158,7 +158,7 @@ def heal(bench: Workbench, segments: Sequence[Segment], folder: Path) -> dict[st
     parent, spares = bench.decoder if asks_parent(settings) else None, spares_device(settings)
     judge = None if team.rank else bench.judge()
     with bench.parent_aside() if spares else contextlib.nullcontext():
-        child = bench.child("stitch", "cut", in_host_memory=spares)
+        child = bench.child(*BEGUN_WITH, in_host_memory=spares)
         before = measured_before(bench, judge, child) if judge else {}
         how = {"seed": bench.config.seed, "scratch": folder, "team": team}
         try:
