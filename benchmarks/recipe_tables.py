@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 from heal_tables import Tables, parts_of
 from measuring import Row, has, table, with_error
 from tasks import TASKS, counting, retention
 
+EASIER = {"hellaswag": 2500}
+"""How many of its first items others report a task by: HellaSwag begins with its easier half."""
 BARS = (
     "endpoint tuning alone, n = 6: 97 % of the reported tasks above chance",
     "any method: 100 % at n = 6, 94 % at n = 9",
@@ -35,6 +38,27 @@ def retained(row: Row, where: str) -> Row | None:
     """Return the chance-adjusted retention of a trial on the tasks of `selection` or `reported`."""
     parent = row["parent"].get(where)
     return None if parent is None else retention(parent["tasks"], row[where]["tasks"])
+
+
+def retained_of_first(row: Row) -> Row | None:
+    """Return the chance-adjusted retention on the reported tasks, of some the first items alone."""
+    parent = row["parent"].get("reported")
+    if parent is None:
+        return None
+    return retention(
+        *(
+            {name: first(task, EASIER.get(name)) for name, task in found["tasks"].items()}
+            for found in (parent, row["reported"])
+        )
+    )
+
+
+def first(task: Row, count: int | None) -> Row:
+    """Return what was measured of a task on its first items."""
+    right = task["right"][:count]
+    mean = right.count("1") / len(right)
+    se = math.sqrt(mean * (1 - mean) / max(1, len(right) - 1))
+    return {"acc_norm": {"value": mean, "se": se, "n": len(right)}, "chance": task["chance"], "right": right}
 
 
 def loss_of(point: Row) -> float:
@@ -83,16 +107,18 @@ def _final(rows: list[Row]) -> str:
 
 
 def _over_seeds(rows: list[Row]) -> str:
-    heads = ("recipe", "n", "seeds", "adjusted retention, %", "WikiText-2, over the parent's", "KL on C4, nats")
+    heads = ("recipe", "n", "seeds", "adjusted retention, %", "the same with HellaSwag's first 2,500 items, %")
+    more = ("WikiText-2, over the parent's", "KL on C4, nats")
     lines = []
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         kept = [found["value"] * 100 for row in own if (found := retained(row, "reported"))]
+        kept_of_first = [found["value"] * 100 for row in own if (found := retained_of_first(row))]
         ratios = [row["reported"]["wikitext2"]["ppl_ratio"]["value"] for row in own]
         kl = [row["reported"]["c4"]["kl_nats"]["value"] for row in own]
-        means = [_mean(values, digits) for values, digits in ((kept, 1), (ratios, 3), (kl, 3))]
+        means = [_mean(values, digits) for values, digits in ((kept, 1), (kept_of_first, 1), (ratios, 3), (kl, 3))]
         lines.append([name, own[0]["n"], len(own), *means])
-    return "Mean over seeds, ± their standard deviation:\n\n" + table(heads, lines)
+    return "Mean over seeds, ± their standard deviation:\n\n" + table((*heads, *more), lines)
 
 
 def _mean(values: list[float], digits: int) -> str:

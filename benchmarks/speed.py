@@ -1,7 +1,7 @@
 """How much faster fewer layers are: prefill and decoding of LLaMA2-7B's shape by depth, and of the real model on a CPU.
 
     python benchmarks/speed.py --parts gpu latency --out docs/benchmarks/speed.json --minutes 2.6
-    python benchmarks/speed.py --parts cpu --threads 2 --out docs/benchmarks/speed.json
+    python benchmarks/speed.py --parts cpu tasks --threads 2 --out docs/benchmarks/speed.json
     python benchmarks/speed.py --out docs/benchmarks/speed.json --table --doc docs/benchmarks/speed.md
 
 gpu      Random weights of LLaMA2-7B's shape, whole and with 10, 20 and 30 % of the layers cut from the middle, sharing
@@ -11,6 +11,7 @@ gpu      Random weights of LLaMA2-7B's shape, whole and with 10, 20 and 30 % of 
 latency  The fit of milliseconds a token to the number of layers, on the whole model with layers bypassed, and what it
          predicts of the cut models beside what part gpu measured.
 cpu      The real model, whole and without a fifth of its layers, in turns on so many threads.
+tasks    Items a second of `scalpel evaluate` and of the harness's own `hf` model, in turns on the same items.
 """
 
 from __future__ import annotations
@@ -133,7 +134,14 @@ def cpu(rows: Rows, given: argparse.Namespace, sizes: SpeedSizes) -> None:
     rows.measure(measured, part="cpu", model=given.model, threads=given.threads, **key_of(GROWING, sizes.real))
 
 
-PARTS = ("gpu", "latency", "cpu")
+def tasks(rows: Rows, given: argparse.Namespace, sizes: SpeedSizes) -> None:
+    """Compare with the harness, which is needed for this part alone."""
+    from speed_tasks import evaluation
+
+    evaluation(rows, given, sizes)
+
+
+PARTS = ("gpu", "latency", "cpu", "tasks")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -156,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         "gpu": lambda: gpu(rows, opened, sizes),
         "latency": lambda: latency(rows, opened, sizes),
         "cpu": lambda: cpu(rows, given, sizes),
+        "tasks": lambda: tasks(rows, given, sizes),
     }
     for part in () if given.table else given.parts:
         parts[part]()

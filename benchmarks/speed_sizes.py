@@ -44,6 +44,9 @@ class SpeedSizes:
     real: Job = field(default_factory=lambda: Job(1, 128, 33))
     """On the real model."""
     real_rate: float = 0.2
+    task_items: int = 20
+    """Of each task."""
+    task_rounds: int = 3
 
     def plan(self) -> list[Planned]:
         """Return what is timed, the most telling first.
@@ -70,6 +73,8 @@ TINY = SpeedSizes(
     matmul=64,
     copied=1 << 16,
     real=Job(1, 8, 3),
+    task_items=2,
+    task_rounds=2,
 )
 """To see whether it runs at all."""
 

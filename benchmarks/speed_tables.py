@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 
 from heal_tables import Tables, parts_of
@@ -102,8 +103,18 @@ def _real(rows: list[Row]) -> str:
     return table(heads, lines)
 
 
+def _tasks(rows: list[Row]) -> str:
+    heads = ("model", "threads", "items", "ours, s", "the harness's own, s", "items a second, over the harness's")
+    lines = []
+    for row in rows:
+        took = [f"{statistics.median(row['wall_s'][who]):.1f}" for who in ("ours", "theirs")]
+        lines.append([row["model"], row["threads"], row["items"], *took, with_error(row["speedup"])])
+    return table(heads, lines)
+
+
 TABLES: Tables = {
     "gpu": ("LLaMA2-7B's shape by depth", _depths),
     "latency": ("Milliseconds a token by depth", _latency),
     "cpu": ("The real model on a CPU, a fifth of its layers removed", _real),
+    "tasks": ("Tasks beside the harness's own model, the same scores", _tasks),
 }

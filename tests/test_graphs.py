@@ -1,4 +1,4 @@
-"""A static cache computes what a growing one does, or is refused by name; a recorded step writes the same tokens."""
+"""A static cache computes what a growing one does, or is refused by name; a recorded step gives the same logits."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_a_prefill_that_cannot_be_recorded_is_launched_plainly(monkeypatch) -> N
     decoding = graphs.Captured(tiny("llama"), JOB)
     ids_BT = random_prompt(decoding.model, JOB, seed=0)
     expected = decoding.tokens(ids_BT, 4)
-    decoding.record_prefill(ids_BT, expected)
+    decoding.record_prefill(ids_BT, expected, decoding.logits_after(ids_BT, expected))
     assert decoding.plain_prefill == "it cannot be recorded (operation not permitted when stream is capturing)"
     assert torch.equal(decoding.tokens(ids_BT, 4), expected)
 
@@ -172,7 +172,7 @@ class Replayed:
 
 
 @torch.no_grad()
-def test_a_recorded_prefill_is_kept_only_if_the_same_tokens_follow(monkeypatch) -> None:
+def test_a_recorded_prefill_is_kept_only_if_the_same_logits_follow(monkeypatch) -> None:
     model = tiny("llama")
     decoding = graphs.Captured(model, JOB)
     ids_BT = random_prompt(model, JOB, seed=0)
@@ -180,14 +180,38 @@ def test_a_recorded_prefill_is_kept_only_if_the_same_tokens_follow(monkeypatch) 
     replayed = Replayed(lambda: Static.prefill(decoding, decoding.prompt))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: replayed)
     monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
-    decoding.record_prefill(ids_BT, expected)
+    logits_KBV = decoding.logits_after(ids_BT, expected)
+    decoding.record_prefill(ids_BT, expected, logits_KBV)
     assert decoding.plain_prefill is None
     other_BT = random_prompt(model, JOB, seed=1)
     assert torch.equal(decoding.tokens(other_BT, 4), Static(model, JOB).tokens(other_BT, 4))  # of another prompt, too
     decoding.recorded.clear()
-    decoding.record_prefill(ids_BT, 1 + expected)
-    assert decoding.plain_prefill == "recorded, it leads to other tokens"
+    decoding.record_prefill(ids_BT, expected, logits_KBV.roll(1, dims=-1))
+    assert decoding.plain_prefill is not None
+    assert decoding.plain_prefill.startswith("recorded, it leads to other logits")
     assert torch.equal(decoding.tokens(ids_BT, 4), expected)
+
+
+def test_rounding_is_told_from_other_logits() -> None:
+    logits_KBV = torch.randn(3, 2, 50, generator=torch.Generator().manual_seed(0)) + 7.0
+    assert graphs.apart(logits_KBV, logits_KBV) == 0
+    rounded = logits_KBV.bfloat16()
+    assert graphs.is_rounding(graphs.apart(rounded, logits_KBV), torch.bfloat16)
+    assert not graphs.is_rounding(graphs.apart(rounded, logits_KBV), torch.float32)
+    other = logits_KBV.clone()
+    other[1, 1] += 0.1 * torch.randn(50, generator=torch.Generator().manual_seed(1))  # one step of one sequence
+    assert not graphs.is_rounding(graphs.apart(other, logits_KBV), torch.bfloat16)
+    assert not graphs.is_rounding(float("nan"), torch.bfloat16)
+
+
+@torch.no_grad()
+def test_logits_after_given_tokens_are_those_of_one_forward() -> None:
+    model = tiny("llama")
+    ids_BT = random_prompt(model, JOB, seed=0)
+    tokens_BK = random_prompt(model, Job(JOB.batch_size, 4, 1), seed=1)
+    whole_BTV = model(torch.cat([ids_BT, tokens_BK], dim=1)).logits
+    expected_KBV = whole_BTV[:, JOB.prompt_tokens - 1 : -1].transpose(0, 1)
+    torch.testing.assert_close(Static(model, JOB).logits_after(ids_BT, tokens_BK), expected_KBV, rtol=0, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -215,9 +239,11 @@ def test_a_recorded_step_is_timed_and_its_memory_counted() -> None:
 
 
 @pytest.mark.gpu
-def test_a_recording_that_writes_other_tokens_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(graphs.Captured, "record_step", lambda self, _: self.recorded.update(step=Idle()))
-    with pytest.raises(NoGraphError, match="its recorded step writes other tokens"):
+def test_a_recording_that_gives_other_logits_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(
+        graphs.Captured, "record_step", lambda self, _: self.recorded.update(step=(Idle(), self.logits))
+    )
+    with pytest.raises(NoGraphError, match="its recorded step gives other logits"):
         captured(tiny("llama").to("cuda"), JOB)
 
 
