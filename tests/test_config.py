@@ -158,3 +158,29 @@ def test_a_missing_recipe_is_explained(tmp_path) -> None:
 def test_a_near_word_is_suggested():
     assert suggest("exat", ["gate", "exact"]) == " - did you mean 'exact'?"
     assert suggest("zzzz", ["gate", "exact"]) == " - allowed: exact, gate"
+
+
+def test_recipes_of_the_package_are_called_by_name(tmp_path) -> None:
+    assert build_config([recipe("best")]).heal.second == "all"
+    own = tmp_path / "own.yaml"
+    own.write_text("base: best\nheal:\n  second: lora\n")
+    config = build_config([recipe(own)])
+    assert (config.heal.second, config.heal.second_lr) == ("lora", 3e-4)
+    own.write_text("heal:\n  epochs: 3\n")
+    assert build_config([recipe(own)]).heal.second == "none"  # without a base, settings are those of settings.py
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("bets", None, r"recipe bets cannot be read: .* did you mean 'best'\?, or a YAML file"),
+        ("own.yaml", "base: bset\n", r"has the base bset, which is none of the package's - did you mean 'best'\?"),
+        ("own.yaml", "base: [best]\n", r"has the base \['best'\], which is none of the package's"),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_explained(tmp_path, monkeypatch, name, content, said) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=said):
+        recipe(name)

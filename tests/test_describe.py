@@ -11,7 +11,8 @@ from families import multimodal, tiny
 
 from layerscalpel.cli import main
 from layerscalpel.decoder import num_parameters, save_decoder
-from layerscalpel.describe import LIBRARIES_BYTES, MASTER_BYTES, describe
+from layerscalpel.describe import describe
+from layerscalpel.needs import LIBRARIES_BYTES, MASTER_BYTES
 
 
 def described(folder: Path, family: str, num_removed: int | None = None) -> dict:

@@ -2,7 +2,7 @@
 
 `build_config` reports all findings at once: unknown keys, wrong types, values out of range, contradictions.
 
-    config = build_config([recipe("recipes/demo.yaml"), {"search.method": "exact"}])
+    config = build_config([recipe("demo"), {"search.method": "exact"}])
 """
 
 from __future__ import annotations
@@ -78,17 +78,37 @@ def setting_keys() -> dict[str, tuple[type, str]]:
     return keys
 
 
-def recipe(path: str | Path) -> dict[str, Any]:
-    """Read a YAML recipe and return its settings as {dotted key: value}."""
+def recipes() -> dict[str, Path]:
+    """Return {name: file} of the recipes that come with the package."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+
+
+def recipe(name: str | Path) -> dict[str, Any]:
+    """Read a recipe, one of the package's by name or any YAML file, and return its settings as {dotted key: value}.
+
+    What it does not say is as in settings.py, or as in the recipe that it names as its `base`.
+    """
+    path = recipes().get(str(name), Path(name))
+    own = _settings_in(path)
+    if "base" not in own:
+        return own
+    base = str(own.pop("base"))
+    if base not in recipes():
+        raise UserError(f"recipe {name} has the base {base}, which is none of the package's{suggest(base, recipes())}")
+    return recipe(base) | own
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.load(Path(path).read_text(encoding="utf-8"), YamlLoader)
+        document = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
     except OSError as error:
-        raise UserError(f"recipe {path} cannot be read: {error.strerror} - give a YAML file with --recipe") from error
+        known = suggest(str(path), recipes())
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}{known}, or a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = one_line(error)
-        raise UserError(f"recipe {path} is no valid YAML: {reason} - see recipes/demo.yaml for the form") from error
+        raise UserError(f"recipe {path} is no valid YAML: {reason} - see {recipes()['demo']} for the form") from error
     if not isinstance(document, Mapping):
-        raise UserError(f"recipe {path} holds no sections - write 'search:' and its keys below, as recipes/demo.yaml")
+        raise UserError(f"recipe {path} holds no sections - write 'search:' and its keys below, as {recipes()['demo']}")
     return dict(_flatten(document))
 
 
@@ -162,7 +182,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _one(key: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
+        if not any(value == name and type(value) is type(name) for name in get_args(kind)):
             raise UserError(f"{key}={value} is unknown{suggest(str(value), get_args(kind))}")
         return value
     number = _converted(key, value, kind)

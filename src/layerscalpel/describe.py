@@ -8,24 +8,20 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import Any
 
-import torch
 from torch import nn
 
-from layerscalpel.decoder import choose_dtype, num_parameters, weight_bytes
+from layerscalpel.decoder import num_parameters, weight_bytes
 from layerscalpel.errors import UserError
 from layerscalpel.layers import find_layer_list
+from layerscalpel.needs import memory_needed
 from layerscalpel.origin import DTYPES, auto_class, checkpoint_folder, peek, read_config, skeleton
 from layerscalpel.plan import plan_cut
+from layerscalpel.quantised import why_not_run
 from layerscalpel.segment import Segment
 from layerscalpel.settings import TargetSettings
 from layerscalpel.shards import read_weights
 from layerscalpel.targets import num_removed_of
 from layerscalpel.traces import text_part
-
-MASTER_BYTES = 16
-"""Of one trained number: float32 master, gradient, and Adam's two moments."""
-LIBRARIES_BYTES = 600_000_000
-"""What the process and that of a proof take without weights (measured: docs/benchmarks/surgery.json)."""
 
 
 def describe(
@@ -58,6 +54,7 @@ def describe(
         "parameters_per_layer": sizes[0] if len(set(sizes)) == 1 else sizes,
         "dtype": origin.dtype,
         "quantised": origin.quantised,
+        "quantised_limit": why_not_run(config),
         "bytes": weight_bytes(model, origin.dtype),
         "bytes_per_layer": max(sizes) * DTYPES[origin.dtype].itemsize,
         "max_tokens": origin.max_tokens,
@@ -95,27 +92,3 @@ def _places(model: Any, num_removed: int, num_layers: int) -> dict[str, Any]:
         "sound_starts": [start for start in starts if start not in gone],
         "refused_starts": [{"starts": group, "reason": reason} for reason, group in refused.items()],
     }
-
-
-def memory_needed(model: Any, layer_sizes: list[int], stored: str) -> dict[str, dict[str, int]]:
-    """Return bytes by device and stage: weights, optimiser state and libraries, without activations.
-
-    Of an offloaded model two layers are there at once; the hidden states have a bound of their own (search.stream_gib).
-    """
-    parameters = num_parameters(model)
-    trained = 2 * max(layer_sizes)
-    found = {}
-    for kind in ("cpu", "cuda"):
-        itemsize = choose_dtype("auto", torch.device(kind), stored).itemsize
-        whole = parameters * itemsize
-        stages = {
-            "search": whole,
-            "search --offload disk": whole - (sum(layer_sizes) - 2 * max(layer_sizes)) * itemsize,
-            "cut": 0,
-            "cut, proven in memory": whole,
-            "heal (ce)": whole + trained * MASTER_BYTES,
-            "heal (kl, both)": 2 * whole + trained * MASTER_BYTES,
-            "evaluate, benchmark": 2 * whole,
-        }
-        found[kind] = {stage: LIBRARIES_BYTES + needed for stage, needed in stages.items()}
-    return found
