@@ -3,70 +3,43 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import SameProcess
-from families import tiny
+from quantisedworld import EIGHT, FOUR, FOUR_ASYMMETRIC, compressed, four_bit
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from layerscalpel import checkpoint
 from layerscalpel.checkpoint import cut_checkpoint
-from layerscalpel.cli import main
 from layerscalpel.errors import UserError
 from layerscalpel.origin import peek
 from layerscalpel.segment import Segment
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128}
 SEGMENT = Segment(2, 5, 8)
+NAMED = {
+    "one": ([r"re:.*layers\.(1|3|6|7)\..*up_proj$", "model.layers.5.mlp.down_proj"], EIGHT),
+    "gone": (["re:model.layers.4.mlp.*"], EIGHT),
+    "rest": (["re:model.layers.[0-7].self_attn.*", r"re:model\.layers\.6\.mlp\.down_proj"], FOUR),
+}
+LEFT = ["lm_head", "re:model.layers.5.self_attn.*", "model.layers.3.self_attn.q_proj", r"re:.*\.(2|7)\.self_attn\.v.*"]
+KINDS = {
+    "bitsandbytes": four_bit,
+    "symmetric": compressed,
+    "asymmetric": partial(compressed, groups={"all": (["Linear"], FOUR_ASYMMETRIC)}, dequantize=True),
+    "eight": partial(compressed, groups={"all": (["Linear"], EIGHT)}),
+    "int-quantized": partial(compressed, groups={"all": (["Linear"], EIGHT)}, format="int-quantized"),
+    "named": partial(compressed, groups=NAMED, ignore=LEFT),
+}
 
 
-def write_bitsandbytes(folder: Path) -> Path:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is made for Linux alone")
-    from transformers import BitsAndBytesConfig
-
-    tiny("llama", **WIDE).save_pretrained(folder / "plain")
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=settings, device_map="cpu")
-    model.save_pretrained(folder / "model")
-    return folder / "model"
-
-
-def write_compressed(folder: Path) -> Path:
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import (
-        QuantizationArgs,
-        QuantizationConfig,
-        QuantizationScheme,
-        QuantizationStatus,
-        apply_quantization_config,
-    )
-
-    weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
-    settings = QuantizationConfig(
-        config_groups={"all": QuantizationScheme(targets=["Linear"], weights=weights)},
-        ignore=["lm_head", "model.layers.3.mlp.up_proj", "model.layers.6.mlp.down_proj"],
-        quantization_status=QuantizationStatus.FROZEN,
-        format="pack-quantized",
-    )
-    model = tiny("llama", **WIDE)
-    apply_quantization_config(model, settings)
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            grouped = module.weight.data.view(module.weight.shape[0], -1, 32)
-            module.weight_scale.data = grouped.abs().amax(-1) / 7
-    compressor = ModelCompressor(quantization_config=settings)
-    compressor.compress_model(model)
-    model.save_pretrained(folder / "model")
-    compressor.update_config(str(folder / "model"))
-    return folder / "model"
-
-
-@pytest.fixture(scope="module", params=[write_bitsandbytes, write_compressed], ids=["bitsandbytes", "compressed"])
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def quantised(request, tmp_path_factory) -> Path:
-    return request.param(tmp_path_factory.mktemp("quantised"))
+    if request.param is four_bit:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is made for Linux alone")
+    return request.param(tmp_path_factory.mktemp("quantised") / "model")
 
 
 def test_layers_are_dropped_and_proven(quantised, tmp_path, monkeypatch):
@@ -76,7 +49,7 @@ def test_layers_are_dropped_and_proven(quantised, tmp_path, monkeypatch):
     assert found["proof"]["logits"]["logits_equal"]
     assert found["proof"]["logits"]["generation_equal"]
     before, after = load_file(quantised / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    packed = [name for name, tensor in after.items() if tensor.dtype in (torch.uint8, torch.int32)]
+    packed = [name for name, tensor in after.items() if tensor.dtype in (torch.uint8, torch.int32, torch.int8)]
     assert packed
     for name in packed:
         old = name.replace("layers.2.", "layers.5.").replace("layers.3.", "layers.6.").replace("layers.4.", "layers.7.")
@@ -84,11 +57,47 @@ def test_layers_are_dropped_and_proven(quantised, tmp_path, monkeypatch):
     assert found["bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in after.values())
 
 
-def test_names_in_the_settings_are_renumbered(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "Witness", SameProcess)
-    cut_checkpoint(peek(str(write_compressed(tmp_path)), allow_quantised=True), SEGMENT, tmp_path / "out", device="cpu")
+def test_names_in_the_settings_are_renumbered(tmp_path):
+    model = compressed(tmp_path / "model", groups=NAMED, ignore=LEFT)
+    cut_checkpoint(peek(str(model), allow_quantised=True), SEGMENT, tmp_path / "out", proof="none")
     settings = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    assert settings["ignore"] == ["lm_head", "model.layers.3.mlp.down_proj"]
+    assert settings["ignore"] == [
+        "lm_head",
+        "re:model.layers.2.self_attn.*",
+        r"re:model\.layers\.(?:4)(?:\.self_attn\.v_proj)$",
+    ]
+    assert {name: group["targets"] for name, group in settings["config_groups"].items()} == {
+        "one": [r"re:model\.layers\.(?:1|3|4)(?:\.mlp\.up_proj)$", "model.layers.2.mlp.down_proj"],
+        "rest": ["re:model.layers.[0-7].self_attn.*", r"re:model\.layers\.3\.mlp\.down_proj"],
+    }
+
+
+def test_settings_beside_the_config_are_renumbered(tmp_path):
+    """GPTQ keeps its own; whether the library is here does not matter for that."""
+    model = compressed(tmp_path / "model")
+    rules = {"-:.*layers\\.(3|5)\\..*": {}, "+:.*layers\\.7\\..*": {"bits": 8}, "-:.*layers\\.2\\..*": {}}
+    for name in ("config.json", "quantize_config.json"):
+        own = {"quant_method": "gptq", "bits": 4, "dynamic": rules, "modules_in_block_to_quantize": [["mlp.up_proj"]]}
+        written = json.loads((model / "config.json").read_text()) | {"quantization_config": own}
+        (model / name).write_text(json.dumps(written if name == "config.json" else own))
+    cut_checkpoint(peek(str(model), allow_quantised=True), SEGMENT, tmp_path / "out", proof="none")
+    beside = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert beside == stated
+    names = [key.partition(":") for key in beside["dynamic"]]
+    assert [(mark, "layers\\.(?:2)" in rest or "layers\\.4" in rest) for mark, _, rest in names] == [
+        ("-", True),
+        ("+", True),
+    ]
+    assert beside["modules_in_block_to_quantize"] == own["modules_in_block_to_quantize"]
+
+
+def test_zero_points_that_are_not_loaded_packed_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "Witness", SameProcess)
+    model = compressed(tmp_path / "model", groups={"all": (["Linear"], FOUR_ASYMMETRIC)})
+    with pytest.raises(UserError, match=r'packs its zero points, .* - add "dequantize": true to the quantization_conf'):
+        cut_checkpoint(peek(str(model), allow_quantised=True), SEGMENT, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_back_end_is_refused_before_anything_is_written(quantised, tmp_path, monkeypatch):
@@ -104,8 +113,3 @@ def test_a_missing_back_end_is_refused_before_anything_is_written(quantised, tmp
     with pytest.raises(UserError, match=r"cannot be loaded here to prove its cut: that library is not here - install"):
         cut_checkpoint(peek(str(quantised), allow_quantised=True), SEGMENT, tmp_path / "out", device="cpu")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_searching_or_healing_a_quantised_model_is_refused(quantised, tmp_path, capsys):
-    assert main(["run", str(quantised), "--segment", "2:5", "--out", str(tmp_path / "run"), "--quiet"]) == 2
-    assert "is already quantised" in capsys.readouterr().err

@@ -12,8 +12,9 @@ from transformers import Gemma3Config, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from layerscalpel.errors import UserError
 from layerscalpel.plan import plan_cut
+from layerscalpel.renumber import Modules
 from layerscalpel.segment import Segment
-from layerscalpel.traces import _renumber_names, cut_config, kept_below, text_part, unexplained
+from layerscalpel.traces import cut_config, kept_below, text_part, unexplained
 
 LONG = {"s": "sliding_attention", "f": "full_attention", "c": "chunked_attention", "v": "conv", "l": "linear_attention"}
 
@@ -256,48 +257,6 @@ def test_a_config_that_validates_its_values_is_told():
 # ---------------------------------------------------------------------------------------------- quantised names
 
 
-@pytest.mark.parametrize(
-    ("name", "new"),
-    [
-        ("model.layers.12.mlp.gate", "model.layers.9.mlp.gate"),
-        ("model.layers.1.mlp.gate", "model.layers.1.mlp.gate"),
-        ("model.layers.4", None),
-        ("model.layers.5", "model.layers.2"),
-        ("layers.5.mlp", "layers.2.mlp"),
-        ("transformer.h.3.attn", None),
-        ("transformer.h.7.attn", "transformer.h.4.attn"),
-        ("model.language_model.layers.15.mlp", "model.language_model.layers.12.mlp"),
-        (r"re:model\.layers\.6\.mlp\..*", r"re:model\.layers\.3\.mlp\..*"),
-        (r"-:model\.layers\.3\..*", None),
-        ("model.layers.99.mlp", "model.layers.99.mlp"),  # a layer that the model never had
-        ("lm_head", "lm_head"),
-        ("model.layers.mlp.3", "model.layers.mlp.3"),
-        (r"re:.*\.layers\.[0-9]+\.mlp", r"re:.*\.layers\.[0-9]+\.mlp"),
-        ("vision_tower.encoder.layers.5.mlp", "vision_tower.encoder.layers.5.mlp"),
-        ("model.visual.blocks.3.attn", "model.visual.blocks.3.attn"),
-        ("audio_tower.layers.3", "audio_tower.layers.3"),
-    ],
-)
-def test_module_names_of_a_quantisation_are_renumbered(name, new):
-    assert _renumber_names([name, "after"], Segment(2, 5, 16)) == [*([new] if new else []), "after"]
-
-
-def test_names_are_renumbered_wherever_they_stand():
-    settings = {
-        "bits": 4,
-        "quant_method": "awq",
-        "modules_to_not_convert": ["model.layers.0.mlp.gate", "model.layers.3.mlp.gate", "model.layers.12.mlp.gate"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "ignore": ["model.layers.15.mlp.gate"]}},
-        "extra_config": {"model.layers.4.mlp": {"bits": 8}, "model.layers.5.mlp": {"bits": 16}},
-        "nothing": None,
-    }
-    assert _renumber_names(settings, Segment(2, 5, 16)) == settings | {
-        "modules_to_not_convert": ["model.layers.0.mlp.gate", "model.layers.9.mlp.gate"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "ignore": ["model.layers.12.mlp.gate"]}},
-        "extra_config": {"model.layers.2.mlp": {"bits": 16}},
-    }
-
-
 @pytest.mark.parametrize("of_the_text_part", [False, True])
 def test_the_quantisation_of_a_config_is_renumbered(of_the_text_part):
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -308,6 +267,7 @@ def test_the_quantisation_of_a_config_is_renumbered(of_the_text_part):
     )
     named = {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.3.mlp", "model.layers.6.mlp"]}
     config = type(config)(**config.to_dict() | {"quantization_config": named})
-    after, _ = cut_config(config, Segment(2, 5, 8))
+    segment = Segment(2, 5, 8)
+    after, _ = cut_config(config, segment, modules=Modules("model.layers", (), segment))
     assert after.quantization_config == named | {"modules_to_not_convert": ["model.layers.3.mlp"]}
     assert config.quantization_config == named

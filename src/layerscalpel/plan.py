@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from layerscalpel.errors import UserError, one_line
 from layerscalpel.layers import REFUSALS, all_tensors, find_layer_list, refuse_shared_keys
+from layerscalpel.renumber import Modules
 from layerscalpel.segment import Segment
 from layerscalpel.traces import cut_config, repairs, unexplained
 
@@ -101,7 +102,8 @@ def _refuse_injected_images(parent: PreTrainedModel, segment: Segment) -> None:
 
 
 def _attempt(parent: PreTrainedModel, segment: Segment, path: str, instead: dict[str, Any]) -> Plan:
-    config, traces = cut_config(parent.config, segment, instead=instead)
+    modules = Modules.of(parent, path, segment)
+    config, traces = cut_config(parent.config, segment, instead=instead, modules=modules)
     try:
         with torch.device("meta"):
             cut = type(parent)(config)

@@ -17,6 +17,7 @@ from typing import Any
 
 from layerscalpel.errors import UserError, one_line
 from layerscalpel.layers import REFUSALS, count_field
+from layerscalpel.renumber import Modules, renumbered
 from layerscalpel.segment import Segment
 
 DEPTHS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
@@ -35,16 +36,19 @@ NEVER_PER_LAYER = r".*token_ids?|architectures|.*_section|id2label|label2id|.*_m
 """Lists of another meaning, whatever their length."""
 
 
-def cut_config(config: Any, segment: Segment, *, instead: dict[str, Any] | None = None) -> tuple[Any, dict[str, str]]:
+def cut_config(
+    config: Any, segment: Segment, *, instead: dict[str, Any] | None = None, modules: Modules | None = None
+) -> tuple[Any, dict[str, str]]:
     """Return a config without the segment's layers, and what was changed as {field: how}.
 
     Args:
         config: of the parent; the text part of a multimodal one is cut.
         segment: the layers to remove.
         instead: {field: value} that take the place of what the plain rules give.
+        modules: of the model, whose names a quantisation config lists.
 
     Raises:
-        UserError: the family's own config class refuses the result.
+        UserError: the family's own config class refuses the result; or a pattern of module names cannot be rewritten.
     """
     outer = copy.deepcopy(config)
     text = text_part(outer)
@@ -59,8 +63,8 @@ def cut_config(config: Any, segment: Segment, *, instead: dict[str, Any] | None 
         ) from error
     fresh._attn_implementation = text._attn_implementation
     for quantised in (fresh, outer):
-        if found := getattr(quantised, "quantization_config", None):
-            quantised.quantization_config = _renumber_names(found, segment)
+        if modules and (found := getattr(quantised, "quantization_config", None)):
+            quantised.quantization_config = renumbered(found, modules)
     if text is outer:
         outer = fresh
     else:
@@ -179,40 +183,6 @@ def _rescaled(values: dict[str, Any], segment: Segment) -> Iterator[dict[str, An
         if type(value) in (int, float) and value and "scale" in name:
             exact = value * ratio
             yield from ({name: near} for near in (exact, math.nextafter(exact, 0), math.nextafter(exact, math.inf)))
-
-
-def _renumber_names(value: Any, segment: Segment) -> Any:
-    """Renumber layers in the module names that a quantisation config lists; names of removed layers are dropped.
-
-    Raises:
-        UserError: a regular expression that names layers by a group or a range.
-    """
-    if isinstance(value, dict):
-        kept = {_renumber(str(key), segment): key for key in value}
-        return {new: _renumber_names(value[old], segment) for new, old in kept.items() if new is not None}
-    if isinstance(value, (list, tuple)):
-        found = [
-            _renumber(item, segment) if isinstance(item, str) else _renumber_names(item, segment) for item in value
-        ]
-        return [item for item in found if item is not None]
-    return value
-
-
-def _renumber(name: str, segment: Segment) -> str | None:
-    """Return a module's name, or a pattern of names, after a cut; None if its layer is removed."""
-    if re.search("visi|visual|audio|image|connector|projector|encoder", name):
-        return name
-    listed = re.search(r"(?:^|[^a-z0-9_])(?:layers?|h|blocks?)(\\?\.)(\d+|[(\[])", name)
-    if not listed:
-        return name
-    if re.match(r"\[0-9\][+*]", name[listed.start(2) :]):  # every layer
-        return name
-    if not listed[2].isdecimal():
-        raise UserError(f"quantization_config names layers by a pattern ({name}) - write the names out, then cut")
-    old, kept = int(listed[2]), segment.kept()
-    if old not in kept:
-        return name if old >= segment.num_layers else None
-    return name[: listed.start(2)] + str(kept.index(old)) + name[listed.end(2) :]
 
 
 def _short(value: Any) -> str:

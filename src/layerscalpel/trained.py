@@ -20,6 +20,7 @@ from layerscalpel.errors import UserError
 from layerscalpel.expand import expanded
 from layerscalpel.hooks import head_logits
 from layerscalpel.layers import Decoder
+from layerscalpel.packedlinear import unpack
 from layerscalpel.progress import say
 from layerscalpel.settings import HealSettings
 
@@ -128,9 +129,11 @@ def _say_what_gets_no_adapter(layers: nn.Module, linears: Iterable[nn.Module]) -
 
 def _after_the_layers(student: Decoder) -> list[nn.Parameter]:
     """Return the parameters that hidden states meet after the last layer: those that get a gradient there."""
-    student.model.requires_grad_(True)
+    plain = [parameter for parameter in student.model.parameters() if parameter.is_floating_point()]  # not packed
+    for parameter in plain:
+        parameter.requires_grad_(True)
     hidden = torch.randn(1, 2, student.hidden_size, generator=torch.Generator().manual_seed(0))
-    weight = next(student.layers.parameters())
+    weight = next(parameter for parameter in student.layers.parameters() if parameter.is_floating_point())
     with torch.enable_grad():
         head_logits(student, hidden.to(weight)).float().sum().backward()
     found = [parameter for parameter in student.model.parameters() if parameter.grad is not None]
@@ -143,8 +146,9 @@ def _after_the_layers(student: Decoder) -> list[nn.Parameter]:
 def _layers(
     student: Decoder, chosen: Sequence[int], settings: HealSettings, more: Sequence[nn.Parameter] = ()
 ) -> Iterator[list[nn.Parameter]]:
-    """Within, these layers and some parameters more are trained."""
+    """Within, these layers, unpacked if they were packed, and some parameters more are trained."""
     layers = [student.layers[i] for i in chosen]
+    unpack(layers)
     with (
         expanded(student.model, layers, settings.expand),
         _training(student, [*more, *(p for layer in layers for p in layer.parameters())]) as parameters,

@@ -19,6 +19,7 @@ from layerscalpel.losses import Measured
 from layerscalpel.overwrite import copy_checkpoint, save_changed
 from layerscalpel.places import spares_device
 from layerscalpel.progress import say
+from layerscalpel.unpacked import save_unpacked
 from layerscalpel.workbench import Workbench
 
 BEGUN_WITH = ("stitch", "cut")
@@ -38,17 +39,23 @@ def save_healed(bench: Workbench, result: HealResult, child: Decoder, folder: Pa
     """Write the healed model; where no step was better than the weights it began with, a copy of these."""
     begun = bench.child_folder(*BEGUN_WITH)
     if changed_anything(result):
-        save_changed(child.model, begun, folder, bench.parent.origin.dtype)
+        _save(bench, child, folder)
         return
     say("healing never beat the unhealed model on the validation blocks: the unhealed weights are kept")
     copy_checkpoint(begun, folder)
+
+
+def _save(bench: Workbench, child: Decoder, folder: Path) -> list[str] | None:
+    """Write a trained model over a copy of what it came from; return what is written anew, None if that is all."""
+    save = save_unpacked if bench.parent.origin.quantised else save_changed
+    return save(child.model, bench.child_folder(*BEGUN_WITH), folder, bench.parent.origin.dtype)
 
 
 def keep_good(bench: Workbench, child: Decoder, error: DivergedError) -> UserError:
     """Save the state of a healing before it diverged, if anything was learnt, and return the error that says where."""
     folder = bench.path / "diverged"
     shutil.rmtree(folder, ignore_errors=True)
-    if save_changed(child.model, bench.child_folder(*BEGUN_WITH), folder, bench.parent.origin.dtype) != []:
+    if _save(bench, child, folder) != []:
         return UserError(f"{error}; the best state before that is kept in {folder}")
     shutil.rmtree(folder)
     return error
