@@ -24,13 +24,13 @@ def write_tasks(folder: Path, count: int = 8) -> Path:
     pages = [{"page": " ".join(draw.choices(COLOURS, k=5 + i))} for i in range(count)]
     choices = {"output_type": "multiple_choice", "doc_to_text": "{{q}}:"}
     both = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
-    _write(
+    write_task(
         folder,
         "colours",
         colours,
         choices | {"doc_to_target": "gold", "doc_to_choice": "options", "metric_list": both},
     )
-    _write(
+    write_task(
         folder,
         "fixed",
         colours,
@@ -50,19 +50,21 @@ def write_tasks(folder: Path, count: int = 8) -> Path:
             },
         ],
     }
-    _write(folder, "sums", sums, written)
+    write_task(folder, "sums", sums, written)
     rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{page}}"}
     perplexities = [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}]
-    _write(folder, "pages", pages, rolling | {"metric_list": perplexities})
+    write_task(folder, "pages", pages, rolling | {"metric_list": perplexities})
     group = {"group": "both", "task": ["colours", "fixed"], "aggregate_metric_list": [{"metric": "acc"}]}
     (folder / "both.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
     return folder
 
 
-def _write(folder: Path, name: str, items: list[dict], definition: dict) -> None:
+def write_task(folder: Path, name: str, items: list[dict], definition: dict) -> Path:
+    """Write one task and its items; return the definition."""
+    folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{name}.jsonl"
     data.write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
     head = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
-    (folder / f"{name}.yaml").write_text(
-        yaml.safe_dump(head | {"test_split": "test"} | definition, sort_keys=False), encoding="utf-8"
-    )
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(head | {"test_split": "test"} | definition, sort_keys=False), encoding="utf-8")
+    return path

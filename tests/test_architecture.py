@@ -14,7 +14,9 @@ from typing import get_args
 import pytest
 
 from layerscalpel import config, settings
+from layerscalpel.beside import BESIDE
 from layerscalpel.heal import HEALERS
+from layerscalpel.quantize import BACKENDS
 from layerscalpel.search import SEARCHES
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +26,12 @@ ORDER = [
     "settings",
     "config",
     "progress",
+    "converter",
+    "ggufs",
+    "enginework",
+    "enginewords",
     "segment",
+    "student",
     "speedwords",
     "parallel",
     "layers",
@@ -34,11 +41,13 @@ ORDER = [
     "streams",
     "carried",
     "shards",
+    "packedlinear",
     "memory",
     "reader",
     "quantised",
     "quiet",
     "origin",
+    "chosen",
     "decoder",
     "forms",
     "records",
@@ -52,7 +61,6 @@ ORDER = [
     "continuations",
     "answers",
     "losses",
-    "student",
     "race",
     "blockfile",
     "store",
@@ -61,6 +69,7 @@ ORDER = [
     "gate",
     "exact",
     "sizes",
+    "renumber",
     "traces",
     "plan",
     "cut",
@@ -70,10 +79,15 @@ ORDER = [
     "feed",
     "offload",
     "packed",
+    "scheme",
+    "quantfolder",
+    "rtn",
+    "gptq",
     "items",
     "offline",
     "tasknames",
     "taskset",
+    "inputs",
     "examinee",
     "harness",
     "exam",
@@ -115,6 +129,8 @@ ORDER = [
     "engines",
     "latency",
     "speed",
+    "quantproof",
+    "quantize",
     "task",
     "targets",
     "baselines",
@@ -132,6 +148,7 @@ ORDER = [
     "taskwords",
     "writingwords",
     "distancewords",
+    "quantwords",
     "tasktables",
     "tables",
     "card",
@@ -141,6 +158,7 @@ ORDER = [
     "longplots",
     "taskplots",
     "report",
+    "fingerprint",
     "aside",
     "rundir",
     "gather",
@@ -151,10 +169,16 @@ ORDER = [
     "comparepage",
     "history",
     "checkpoint",
+    "quantchecks",
+    "needs",
     "checks",
     "workbench",
     "overwrite",
+    "unpacked",
     "verdict",
+    "quantizing",
+    "beside",
+    "measuring",
     "stages",
     "run",
     "alone",
@@ -162,6 +186,12 @@ ORDER = [
     "yardstick",
     "comparecli",
     "describe",
+    "checkengine",
+    "checkalone",
+    "export",
+    "enginecli",
+    "parsing",
+    "showcli",
     "cli",
     "__main__",
 ]
@@ -214,6 +244,8 @@ def import_core() -> None:
 def test_tables_have_exactly_the_names_that_settings_allow() -> None:
     assert set(SEARCHES) == set(get_args(settings.SearchName))
     assert set(HEALERS) == set(get_args(settings.HealName))
+    assert {"none", *BACKENDS} == set(get_args(settings.QuantizeName))
+    assert set(BESIDE) == set(get_args(settings.BesideName))
 
 
 def test_every_setting_has_its_sentence() -> None:
@@ -235,8 +267,10 @@ def test_functions_are_small() -> None:
 
 
 def test_recipes_are_valid() -> None:
-    for path in (ROOT / "recipes").glob("*.yaml"):
-        config.build_config([config.recipe(path)])
+    assert set(config.recipes()) == {"best", "demo", "paper"}
+    for name, path in config.recipes().items():
+        assert config.build_config([config.recipe(name)]) == config.build_config([config.recipe(path)])
+    assert config.build_config([config.recipe("paper")]) == config.build_config([])
 
 
 def test_the_readme_names_every_search_and_both_commands() -> None:

@@ -65,7 +65,7 @@ def test_rates_follow_from_the_clock_and_the_warm_up_is_not_counted() -> None:
     found, _ = timed([(0.4, 2.0), (0.2, 1.0), (0.3, 4.0)], [(0.1, 0.5)] * 3)
     decoded = 2 * 4  # two sequences, four tokens after the prefill's
     assert found["parent"]["prefill_s"]["value"] == pytest.approx(0.3)
-    assert found["parent"]["prefill_s"]["se"] == pytest.approx(0.1 / math.sqrt(3))
+    assert found["parent"]["prefill_s"]["se"] == pytest.approx(0.1 * math.sqrt(math.pi / 2) / math.sqrt(3))
     assert found["parent"]["decode_tokens_per_s"]["value"] == pytest.approx(decoded / 2.0)
     assert found["healed"]["decode_tokens_per_s"] == {"value": pytest.approx(16), "se": pytest.approx(0), "n": 3}
 

@@ -28,6 +28,7 @@ def refused(capsys, *argv: object) -> str:
         (("--set", "serach.method=exact"), "unknown setting 'serach.method' - did you mean"),
         (("--set", "heal.objective=mse"), "heal.objective=mse is unknown"),
         (("--set", "cut.proof=part"), "cut.proof=part is unknown - did you mean 'parts'?"),
+        (("--target-latency-ms", "0"), "target.latency_ms=0 is out of range - allowed: 0.001 or more"),
         (("--set", "cut.proof_minutes=-1"), "cut.proof_minutes=-1 is out of range - allowed: 0.0 or more"),
         (("--rate", "1.2"), "rate 1.2 is not between 0 and 1"),
         (("--rate", "much"), "target.rate='much' is not a number"),

@@ -2,93 +2,35 @@
 
 from __future__ import annotations
 
-import io
 import json
+import os
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from comparing import NUM_BLOCKS, best_of, blocks_of, group_of, printed, run_of
 from findings import EVIL, full_results, old_results, quantity, two_run_results
-from rich.console import Console
 from taskfiles import write_tasks
 from test_cli import refused
 from tokenizers import Tokenizer
-from torch import Tensor
 from world import byte_tokenizer, write_model
 
-from layerscalpel import exam, sweep
-from layerscalpel.alike import common_tasks
-from layerscalpel.byblock import BlockResult, load_blocks, save_blocks, token_identity
+from layerscalpel import exam, sweep, yardstick
+from layerscalpel.byblock import load_blocks, save_blocks, token_identity
 from layerscalpel.cli import main
 from layerscalpel.compare import Comparison, compare
 from layerscalpel.comparepage import render_comparison
-from layerscalpel.comparewords import markdown, print_comparison
+from layerscalpel.comparewords import markdown
+from layerscalpel.config import build_config, to_dict
 from layerscalpel.errors import UserError
 from layerscalpel.gather import BASELINE, Group, Run, grouped, read_run
-from layerscalpel.items import TaskResult, load_items
+from layerscalpel.items import TaskResult
 from layerscalpel.paired import DRAWS
-from layerscalpel.retention import retentions
-
-NUM_BLOCKS = 24
-SETTINGS: dict[str, Any] = {"model": {"name": "demo", "device": "cpu"}, "search": {}, "heal": {}, "seed": 0}
-SETTINGS["data"] = {"evaluation": "c4", "block_tokens": 256, "evaluation_blocks": 64}
-
-
-def blocks_of(kl: float, spread: float = 0.01, num_blocks: int = NUM_BLOCKS, **changes: Any) -> BlockResult:
-    """Return blocks whose mean KL is as said, the hard ones hard for all."""
-    hard_N = torch.linspace(-0.2, 0.2, num_blocks, dtype=torch.float64)
-    own_N = torch.randn(num_blocks, generator=torch.Generator().manual_seed(int(kl * 1e6)), dtype=torch.float64)
-    kl_N = kl + hard_N + spread * (own_N - own_N.mean())
-    ones_N = torch.ones(num_blocks, dtype=torch.float64)
-    known = {"text": "01c4", "tokenizer": "one", "nll_N": kl_N, "labelled_N": ones_N}
-    return BlockResult(**{**known, "kl_N": kl_N, "agreement_N": 1 - kl_N, **changes})
-
-
-def task_of(right: Tensor, name: str = "piqa", chance: float = 0.5) -> TaskResult:
-    ids = tuple(f"{name}{place}" for place in range(len(right)))
-    return TaskResult(name, "acc", chance, {"acc": right.double()}, higher_is_better=True, ids=ids)
-
-
-def run_of(name: str, kl: float = 0.44, *, seed: int = 0, results: dict[str, Any] | None = None, **more: Any) -> Run:
-    """Return a run whose cut and healed models have this KL; `more` changes its blocks."""
-    results = results or full_results()
-    for model in ("cut", "healed"):
-        if model in results["evaluate"]:
-            results["evaluate"][model]["kl_nats"] = quantity(kl, 0.02)
-    results["data"]["evaluation"]["sha256"] = more.get("text", "01c4")
-    own = SETTINGS | {"seed": seed, "heal": {"lr": name}}
-    run = Run(Path(name), results, own)
-    for model in ("parent", "cut", "healed"):
-        run.read[load_blocks, model] = blocks_of(kl, **more)
-        run.read[load_items, model] = None
-    return run
-
-
-def group_of(*runs: Run) -> Group:
-    return Group(str(runs[0].path), "clp", {run.seed: run for run in runs})
-
-
-def with_tasks(run: Run, **tasks: dict[str, TaskResult]) -> Run:
-    """Return the run with these results of {model: {task: result}}."""
-    names = {name: {"metric": "acc", "num_items": len(one.ids)} for name, one in tasks["parent"].items()}
-    run.results["evaluate"]["harness"] = {"lm_eval": "0.4.9", "limit": None, "tasks": names}
-    for model, found in tasks.items():
-        run.read[load_items, model] = found
-        run.results["evaluate"][model]["retention"] = retentions(tasks["parent"], found).to_dict()
-    return run
-
-
-def best_of(comparison: Comparison, measure: str = "kl_nats") -> list[str]:
-    return [row.label for row in comparison.rows if measure in row.best]
-
-
-def printed(comparison: Comparison) -> str:
-    console = Console(record=True, file=io.StringIO(), width=300)
-    print_comparison(comparison, console)
-    return console.export_text()
 
 
 def test_blocks_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -131,8 +73,10 @@ def test_seeds_have_a_mean_and_a_spread() -> None:
     group = group_of(run_of("a", 0.4), run_of("a", 0.5, seed=1, text="other"))
     row = next(row for row in compare([group]).rows if row.model == "healed")
     found = row.figure("kl_nats")
-    assert found == pytest.approx({"value": 0.45, "se": 0.02, "n": 128, "num_seeds": 2, "sd": 0.05 * 2**0.5})
-    assert row.figure("ppl_ratio")["sd"] == 0  # type: ignore[index]
+    assert found == pytest.approx({"value": 0.45, "se": 0.05, "n": 128, "num_seeds": 2, "sd": 0.05 * 2**0.5})
+    ratio = row.figure("ppl_ratio")
+    assert ratio is not None
+    assert (ratio["sd"], ratio["se"]) == (0, group.first.results["evaluate"]["healed"]["ppl_ratio"]["se"])
     assert "sd 0.071" in printed(compare([group]))
 
 
@@ -214,43 +158,6 @@ def test_figures_by_block_that_are_not_there_are_missed() -> None:
     assert any("old healed is not tested: no figures by block were kept" in note for note in found.notes)
 
 
-def right(share: float, count: int = 400) -> Tensor:
-    """Return answers of which this share is right, the easy ones first."""
-    return (torch.arange(count) < share * count).double()
-
-
-def test_retentions_are_over_the_tasks_that_all_have() -> None:
-    def run(name: str, share: float, *tasks: str) -> Run:
-        parts = {"parent": 0.9, "cut": 0.6, "healed": share}
-        return with_tasks(
-            run_of(name), **{model: {task: task_of(right(s), task) for task in tasks} for model, s in parts.items()}
-        )
-
-    both = run("both", 0.8, "piqa", "boolq")
-    both.read[load_items, "healed"]["boolq"] = task_of(right(0.5), "boolq")
-    found = compare([group_of(both), group_of(run("one", 0.7, "piqa"))])
-    assert found.tasks == ("piqa",)
-    assert "boolq is left out of the retentions: it was not measured on one" in found.notes
-    healed = {row.name: row for row in found.rows if row.model == "healed"}
-    assert healed["both"].figure("plain_fraction")["value"] == pytest.approx(8 / 9)  # type: ignore[index]
-    assert healed["one"].figure("adjusted_fraction")["value"] == pytest.approx(0.5)  # type: ignore[index]
-    assert best_of(found, "plain_fraction") == ["both healed"]
-    assert "Retentions are over piqa." in printed(found)
-
-
-def test_tasks_measured_in_another_way_are_left_out() -> None:
-    groups = [
-        group_of(with_tasks(run_of(name), **{m: {"piqa": task_of(right(0.8, n))} for m in ("parent", "cut", "healed")}))
-        for name, n in (("all", 400), ("few", 100))
-    ]
-    tasks, notes = common_tasks([*groups, group_of(run_of("none"))])
-    assert tasks == []
-    assert notes == [
-        "no task was measured on none: its retentions are left out",
-        "piqa is left out of the retentions: few measured it in another way",
-    ]
-
-
 def test_tokens_of_other_tokenizers_do_not_compare() -> None:
     with pytest.raises(UserError, match="the tokenizers of a and b differ"):
         compare([group_of(run_of("a")), group_of(run_of("b", tokenizer="two"))])
@@ -262,11 +169,6 @@ def test_several_parents_are_said_and_their_models_do_not_compete() -> None:
     found = compare([group_of(run_of("a")), group_of(run_of("b", 0.7, results=other))])
     assert found.notes[0].startswith("the parents differ (demo, another)")
     assert (len(found.parents), found.contests) == (2, ())
-
-
-def test_cuts_that_are_the_same_are_one_row() -> None:
-    rows = compare([group_of(run_of("endpoint")), group_of(run_of("lora"))]).rows
-    assert [row.label for row in rows] == ["endpoint, lora cut", "endpoint healed", "lora healed"]
 
 
 def test_a_baseline_is_tested_and_does_not_compete() -> None:
@@ -291,7 +193,7 @@ def test_the_table_tells_segments_failures_and_speed() -> None:
     assert said.count("endpoint, both (failed)") == 1
     assert "[10, 12) + [17, 21)" in said
     assert "1.23" not in said
-    assert "No difference in speed is told where 2 standard errors of the ratio reach 1." in said
+    assert "No difference in speed is told where a ratio is no further from 1 than Student's t" in said
 
 
 def test_pages_are_whole_and_escaped() -> None:
@@ -380,7 +282,7 @@ def test_figures_by_block_agree_with_those_of_the_run(swept: Path) -> None:
     assert blocks.agreement_N.mean().item() == pytest.approx(found["top1_agreement_fraction"]["value"])
 
 
-def test_a_smaller_model_is_a_row(world: Path, swept: Path, tmp_path: Path, capsys) -> None:
+def test_a_smaller_model_is_a_row(swept: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     small = write_model(tmp_path / "small", num_hidden_layers=2, layer_types=None)
     command = ["compare", *map(str, (swept / "segments").iterdir()), "--out", str(tmp_path / "out"), "--quiet"]
     assert main([*command, "--baseline", str(small), "--json"]) == 0
@@ -389,7 +291,38 @@ def test_a_smaller_model_is_a_row(world: Path, swept: Path, tmp_path: Path, caps
     assert (row["model"], row["name"]) == (BASELINE, "small")
     assert row["kl_nats"]["num_seeds"] == 2
     assert any(one["other"] == "small" and one["measure"] == "kl_nats" for one in found["differences"])
-    assert any("the sizes are not the same" in note for note in found["notes"])
+    assert any(
+        re.search(r"small has [\d,]{6,} parameters and .* [\d,]{6,}: the sizes", note) for note in found["notes"]
+    )
+    monkeypatch.setattr(yardstick, "load_decoder", lambda *_, **__: pytest.fail("measured twice"))
+    assert main([*command, "--baseline", str(small), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+
+
+def test_a_baseline_is_measured_anew_where_anything_differs(swept: Path, tmp_path: Path) -> None:
+    model, tasks, run = write_model(tmp_path / "model"), write_tasks(tmp_path / "tasks"), tmp_path / "run"
+    run.mkdir()
+    results = read_run(next((swept / "segments").iterdir())).results
+
+    def key(**changes: Any) -> list[Any]:
+        """Return what the baseline depends on, of a run with these settings."""
+        given = {"model.name": str(model), "evaluate.tasks": f"{tasks}/colours.yaml", "model.device": "cpu"} | changes
+        settings = to_dict(build_config([given]))
+        (run / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+        own = Run(run, results | {"parent": results["parent"] | {"name": str(model)}}, settings)
+        return yardstick.key_of(yardstick.Yardstick(str(model), own), own)
+
+    keys = [key()]
+    assert key() == keys[0] == json.loads(json.dumps(keys[0]))
+    keys += [key(**{"model.dtype": "float16"}), key(**{"evaluate.limit": 3})]
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    keys.append(key())
+    with (tasks / "colours.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write("\n")
+    keys.append(key())
+    results["evaluate"]["harness"] = {"tasks": {"colours": {"definition": "another"}}}
+    keys.append(key())
+    assert len(set(map(json.dumps, keys))) == len(keys)
 
 
 def test_the_parent_as_baseline_is_itself(world: Path, swept: Path, tmp_path: Path, capsys) -> None:
@@ -466,6 +399,14 @@ def test_bad_folders_end_with_one_line(swept: Path, tmp_path: Path, capsys) -> N
     assert f"were not evaluated - do it first: scalpel evaluate {tmp_path}" in refused(capsys, "compare", tmp_path)
     (tmp_path / "results.json").write_text(json.dumps({"model": {}, "evaluate": {"model": {}}}))
     assert "of one model alone - allowed: run directories" in refused(capsys, "compare", tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    for content, why in (("x", "holds no sections"), ("seed: zero", "seed='zero' is not a whole number")):
+        (tmp_path / "config.yaml").write_text(content, encoding="utf-8")
+        said = refused(capsys, "compare", tmp_path)
+        assert f"the settings in {tmp_path / 'config.yaml'} cannot be read" in said
+        assert why in said
+    (tmp_path / "config.yaml").write_text("seed: 0", encoding="utf-8")
+    assert main(["compare", str(finished), str(tmp_path)]) == 0
     assert "so give the folder that keeps it: --out DIR" in refused(capsys, "compare", finished, "--baseline", "demo")
     said = refused(capsys, "compare", finished, "--baseline", tmp_path / "nothing", "--out", tmp_path / "out")
     assert "there is no model at" in said

@@ -13,8 +13,9 @@ from families import VOCAB, tiny
 from planted import mean_kl, random_blocks
 
 from layerscalpel import losses
+from layerscalpel.distances import distances
 from layerscalpel.errors import UserError
-from layerscalpel.evaluate import Quality, Reference, evaluate, final_hidden
+from layerscalpel.evaluate import Quality, Reference, evaluate, final_hidden, token_figures
 from layerscalpel.probe import find_layers
 
 BLOCKS = random_blocks(5, labelled_fraction=0.4)
@@ -114,3 +115,12 @@ def test_model_that_computes_nan_is_a_user_error() -> None:
         evaluate(decoder, BLOCKS, None)
     with pytest.raises(UserError, match="output is not finite"):
         final_hidden(decoder, BLOCKS.tokens, batch_size=4, label="parent")
+
+
+@pytest.mark.parametrize("times", [1e5, 1e38])
+def test_a_ruined_model_is_named_in_one_line(times: float) -> None:
+    model = tiny("llama")
+    model.lm_head.weight.data.mul_(times)
+    figures = token_figures(find_layers(model), BLOCKS, None, label="evaluating healed")
+    with pytest.raises(UserError, match=r"evaluating healed: the perplexity is exp of .* nats, no finite number"):
+        distances(figures)

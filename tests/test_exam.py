@@ -79,6 +79,24 @@ def test_what_could_differ_is_measured_anew(model, tmp_path, counted, change) ->
     assert counted == ["colours", "colours"]
 
 
+def test_the_same_prompts_and_items_elsewhere_have_the_same_definition(model, folder, tmp_path) -> None:
+    def definitions(tasks: Path) -> list[str]:
+        tasks_in.cache_clear()
+        first = prepared(f"{tasks}/both.yaml,{tasks}/pages.yaml", tmp_path / "kept", limit=2)
+        first.measure("cut", model, "a")
+        return [how["definition"] for how in first.summary()["harness"]["tasks"].values()]
+
+    other = write_tasks(tmp_path / "tasks")
+    before = definitions(folder)
+    assert definitions(other) == before
+    for file, old, new in (("colours.yaml", "{{q}}:", "{{q}}?"), ("colours.jsonl", "mill 0", "mill 9")):
+        text = (other / file).read_text(encoding="utf-8")
+        (other / file).write_text(text.replace(old, new), encoding="utf-8")
+        after = definitions(other)
+        assert (after[0] != before[0], after[1]) == (True, before[1])
+        before = after
+
+
 def test_an_interrupted_model_goes_on_with_the_next_task(model, folder, tmp_path, monkeypatch, counted) -> None:
     watched = exam.measure
 
@@ -128,10 +146,29 @@ def test_a_group_with_a_score_is_one_task(model, folder, tmp_path, counted) -> N
     assert counted == ["colours", "fixed"]
 
 
-def test_damaged_items_are_told(model, folder, tmp_path) -> None:
-    save_items(tmp_path, "cut", {}).write_bytes(b"damaged")
-    with pytest.raises(UserError, match="cannot be read"):
-        prepared(f"{folder}/colours.yaml", tmp_path).measure("cut", model, "a")
+def test_damaged_items_are_told_and_measured_again(model, folder, tmp_path, counted, capsys) -> None:
+    kept, earlier = tmp_path / "kept", tmp_path / "earlier"
+    for where in (kept, earlier):
+        save_items(where, "cut", {}).write_bytes(b"damaged")
+    only, cpu = f"{folder}/colours.yaml", torch.device("cpu")
+    first = prepare_exam(settings(only, limit=4), byte_tokenizer(), kept, device=cpu, earlier=earlier)
+    first.measure("cut", model, "a")
+    told = " ".join(capsys.readouterr().err.split())
+    assert all(told.count(f"the items in {where}/cut.items.json.gz cannot be read") == 1 for where in (kept, earlier))
+    assert told.count("): measured again") == 2
+    prepared(only, kept, limit=4).measure("cut", model, "a")
+    assert counted == ["colours"]
+
+
+@pytest.mark.parametrize(("tokens", "whole"), [(9, "evaluate.task_tokens, 9"), (None, "the context")])
+def test_what_is_cut_short_says_by_what(model, folder, tmp_path, capsys, tokens, whole) -> None:
+    own = prepared(f"{folder}/colours.yaml", tmp_path, limit=4, task_tokens=tokens)
+    own.measure("cut", model if tokens else tiny("llama", vocab_size=260, max_position_embeddings=9), "a")
+    about = own.summary()["harness"]["tasks"]["colours"]
+    assert about["task_tokens"] == tokens
+    assert about["cut_short"] > 0
+    said = f"colours: sequences that lost their beginning, being longer than {whole}: {about['cut_short']}"
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_cannot_be_measured_is_refused_before_loading(folder, monkeypatch) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny
-from taskfiles import write_tasks
+from taskfiles import write_task, write_tasks
 from world import byte_tokenizer
 
-from layerscalpel import taskset
+from layerscalpel import harness, taskset
 from layerscalpel.errors import UserError
 from layerscalpel.harness import How, definition_of, measure
 from layerscalpel.items import TaskResult
@@ -142,6 +142,73 @@ def test_chance_is_the_mean_of_one_over_choices_or_the_largest_share(model, fold
     fixed = measure(model, tokenizer, one(f"{folder}/fixed.yaml"), How(limit=6), label="")
     assert fixed.facts["labels"] == {"1": 2, "0": 4}
     assert fixed.chance == pytest.approx(4 / 6)
+
+
+CHOICES = {"output_type": "multiple_choice", "doc_to_text": "{{q}}:", "doc_to_target": "g"}
+ACC = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+
+
+def test_who_guesses_hits_one_of_several_right_answers(model, tmp_path) -> None:
+    options = ["red", "blue", "green", "grey"]
+    items = [{"q": f"mill {i}", "o": options, "g": [i % 4, (i + 1) % 4, 3]} for i in range(4)]
+    own = write_task(tmp_path, "own", items, CHOICES | {"doc_to_choice": "{{o}}", "metric_list": ACC})
+    found = measure(model, byte_tokenizer(), one(str(own)), How(), label="")
+    assert found.chance == pytest.approx((3 + 3 + 2 + 2) / 16)
+    same = write_task(tmp_path, "same", items, CHOICES | {"doc_to_choice": options, "metric_list": ACC})
+    found = measure(model, byte_tokenizer(), one(str(same)), How(), label="")
+    assert found.facts["labels"] == {"0": 2, "1": 2, "2": 2, "3": 4}
+    assert found.facts["choices"] == options
+    assert found.chance == 1  # grey is right everywhere
+
+
+def test_chance_is_not_known_where_a_task_judges_choices_itself(model, tmp_path) -> None:
+    items = [{"q": f"mill {i}", "g": i % 2} for i in range(3)]
+    own = write_task(tmp_path, "own", items, CHOICES | {"doc_to_choice": ["no", "yes"], "metric_list": ACC})
+    own.write_text(own.read_text("utf-8") + "process_results: !function judge.half\n", "utf-8")
+    (tmp_path / "judge.py").write_text("def half(doc, results):\n    return {'acc': 0.5}\n", "utf-8")
+    found = measure(model, byte_tokenizer(), one(str(own)), How(), label="")
+    assert (found.figures["acc"]["value"], found.chance) == (0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "said"),
+    [
+        ("doc_to_target", "zz", r"the task own cannot be measured: .+ - check its definition and its data"),
+        (
+            "metric_list",
+            [{"metric": "f11"}],
+            r"the task own cannot be loaded: [A-Z][a-zA-Z]+Error: None - check its definition and its metrics",
+        ),
+        ("items", [], "the task own has no items - check the file that holds its data"),
+    ],
+)
+def test_a_task_that_does_not_fit_its_data_is_one_line(model, tmp_path, change, value, said) -> None:
+    items = [{"q": "mill", "g": 0}]
+    given = CHOICES | {"doc_to_choice": ["no", "yes"], "metric_list": [{"metric": "f1"}]}
+    own = write_task(tmp_path, "own", *((value, given) if change == "items" else (items, given | {change: value})))
+    with pytest.raises(UserError, match=said):
+        measure(model, byte_tokenizer(), one(str(own)), How(), label="")
+
+
+def test_a_score_that_is_no_number_is_one_line(model, tmp_path) -> None:
+    items = [{"q": f"mill {i}", "g": i % 2} for i in range(3)]
+    own = write_task(tmp_path, "own", items, CHOICES | {"doc_to_choice": ["no", "yes"], "metric_list": ACC})
+    own.write_text(own.read_text("utf-8") + "process_results: !function judge.nothing\n", "utf-8")
+    (tmp_path / "judge.py").write_text("def nothing(doc, results):\n    return {'acc': float('nan')}\n", "utf-8")
+    with pytest.raises(UserError, match="acc of own is nan: the model is ruined"):
+        measure(model, byte_tokenizer(), one(str(own)), How(), label="")
+
+
+def test_the_harness_says_nothing_between_our_lines(model, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(harness, "DRAWS", 5)
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    items = [{"q": f"mill {i}", "g": i % 2} for i in range(4)]
+    given = CHOICES | {"doc_to_choice": ["no", "yes"], "metric_list": [{"metric": "f1"}]}
+    found = measure(model, byte_tokenizer(), one(str(write_task(tmp_path, "own", items, given))), How(), label="own")
+    assert found.figures["f1"]["n"] == 4
+    told = capfd.readouterr()
+    assert "stddev" not in told.out + told.err
+    assert "it/s" not in told.out + told.err
 
 
 def test_perplexity_is_that_of_the_model(model, folder) -> None:

@@ -92,10 +92,33 @@ def test_a_group_counts_every_item_the_same() -> None:
 
 def test_chance_of_a_group_with_the_same_answers_is_that_of_one_answer_throughout() -> None:
     parts = [
-        replace(result("one"), chance=0.75, facts={"labels": {"0": 3, "1": 1}}),
-        replace(result("other"), chance=0.75, facts={"labels": {"0": 1, "1": 3}}),
+        replace(result("one"), chance=0.75, facts={"choices": ["no", "yes"], "labels": {"0": 3, "1": 1}}),
+        replace(result("other"), chance=0.75, facts={"choices": ["no", "yes"], "labels": {"0": 1, "1": 3}}),
     ]
     assert pooled("both", parts).chance == 0.5  # neither answer is right more often over both
+    parts[1] = replace(parts[1], facts=parts[1].facts | {"choices": ["false", "true"]})
+    both = pooled("both", parts)
+    assert both.chance == 0.75  # the second answer of one is not that of the other
+    assert (both.facts["choices"], both.facts["labels"]) == (None, None)
+
+
+def test_a_perplexity_of_a_group_weighs_words() -> None:
+    nats = {"word_perplexity": torch.tensor([1.0, 2.0]).double(), "acc": torch.tensor([1.0, 0.0]).double()}
+    weights = [torch.tensor(words).double() for words in ((1.0, 1.0), (10.0, 30.0))]
+    parts = [
+        replace(result(name, (1, 0)), values=nats, weights={"word_perplexity": words})
+        for name, words in zip(("short", "long"), weights, strict=True)
+    ]
+    both = pooled("both", parts)
+    assert both.figures["word_perplexity"]["value"] == pytest.approx(math.exp((1 + 2 + 10 + 60) / 42), rel=1e-12)
+    assert both.figures["acc"]["value"] == 0.5
+    assert both.weights["word_perplexity"].tolist() == [1, 1, 10, 30]
+
+
+def test_a_perplexity_that_is_no_number_is_one_line() -> None:
+    for nats in (1900.0, math.nan, math.inf):
+        with pytest.raises(UserError, match=r"the word_perplexity is exp of .* nats, no finite number: the model is"):
+            figure("word_perplexity", torch.tensor([nats, 1.0]).double())
 
 
 def test_a_group_without_a_shared_metric_is_refused() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,7 +14,7 @@ from families import tiny, tokens
 from torch import Tensor
 
 from layerscalpel import latency
-from layerscalpel.benchmark import MAKERS
+from layerscalpel.benchmark import MAKERS, median
 from layerscalpel.errors import UserError
 from layerscalpel.graphs import NoGraphError, Static
 from layerscalpel.hooks import bypass
@@ -44,7 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def given(fixed_ms: float, layer_ms: float) -> Latency:
     """Return a latency without errors."""
     fixed, layer = Measured(fixed_ms, 0.0, 5), Measured(layer_ms, 0.0, 5)
-    return Latency(fixed, layer, 0.0, {}, "cpu", "float32", 1, 128, 32, 1)
+    return Latency(fixed, layer, 0.0, {"kept": True}, "cpu", "float32", 1, 128, 32, 1)
 
 
 def scripted(rounds: list[tuple[float, float, float]]) -> Callable[[], float]:
@@ -127,7 +125,7 @@ def test_error_of_a_prediction_is_that_of_the_rounds_own_predictions() -> None:
     found = fitted(rounds)
     for depth in (0, 2, 4, 5, 8, 12):
         predicted = [half + (depth - 4) * (whole - half) / 4 for whole, half, _ in rounds]
-        assert found.of(depth).se == pytest.approx(statistics.stdev(predicted) / math.sqrt(4))
+        assert found.of(depth).se == pytest.approx(median(predicted).se)
 
 
 def test_check_shows_layers_that_differ_even_when_timed_once_more(capsys) -> None:
@@ -136,10 +134,10 @@ def test_check_shows_layers_that_differ_even_when_timed_once_more(capsys) -> Non
     found = measure_latency(find_layers(tiny("llama")), replace(SETTINGS, repeats=2), clock=clock)
     assert found.check["measured_ms"]["value"] == pytest.approx(12.8)
     assert found.check["predicted_ms"]["value"] == pytest.approx(16)
-    assert found.check["error_fraction"] == {"value": pytest.approx(0.25), "se": pytest.approx(0), "n": 4}
+    assert found.check["error_fraction"] == {"value": pytest.approx(0.25), "se": pytest.approx(0, abs=1e-9), "n": 4}
     assert (found.check["kept"], found.check["tolerance_fraction"]) == (False, 0.05)
     said = " ".join(capsys.readouterr().err.split())
-    assert "at 6 layers, which were not fitted, the predicted time is 25.0 % above the measured one" in said
+    assert "at 6 layers, which were not fitted, the predicted time is 25.0 ± 0.0 % above the measured one" in said
     assert "timed once more with twice the rounds" in said
 
 
@@ -248,6 +246,17 @@ def test_targets_out_of_reach_and_reached_already_are_named() -> None:
         layers_to_remove(given(4, 2), 64.0, 30)
     with pytest.raises(UserError, match=r"drowns in noise - .*benchmark\.repeats=20"):
         layers_to_remove(given(70, -0.1), 64.0, 30)
+
+
+def test_a_refusal_by_a_fit_that_is_off_says_so() -> None:
+    rounds = [(20.0, 12.0, 12.8), (20.0, 12.0, 13.8)]
+    clock = scripted([WARM_UP, *rounds, WARM_UP, *rounds * 2])
+    found = measure_latency(find_layers(tiny("llama")), replace(SETTINGS, repeats=2), clock=clock)
+    off = r"the predicted time is 20\.5 ± 3\.3 % above the measured one"
+    with pytest.raises(UserError, match=rf"2 layers, .* need 8\.00 .*; this is by a fit that is off: .* {off}"):
+        layers_to_remove(found, 7.0, 8)
+    with pytest.raises(UserError, match=rf"already needs 20\.00 ms .* asked for; this is by a fit .* {off}"):
+        layers_to_remove(found, 21.0, 8)
 
 
 def test_the_reachable_target_that_is_named_is_reachable() -> None:

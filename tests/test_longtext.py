@@ -23,7 +23,6 @@ from layerscalpel.card import model_card, warnings
 from layerscalpel.config import to_dict
 from layerscalpel.data import TokenBlocks, prepare_blocks
 from layerscalpel.errors import UserError
-from layerscalpel.evaluate import exp_of
 from layerscalpel.longplots import ratio_by_position
 from layerscalpel.longtext import (
     LongCheck,
@@ -421,5 +420,5 @@ def test_the_plot_has_a_line_for_each_model_and_ticks_at_the_edges():
 
 
 def test_a_ratio_of_perplexities_has_the_error_of_the_difference():
-    found = exp_of(losses.Measured(math.log(1.5), 0.02, 10))
+    found = losses.exp_of(losses.Measured(math.log(1.5), 0.02, 10))
     assert (found.value, found.se, found.n) == (pytest.approx(1.5), pytest.approx(0.03), 10)

@@ -14,8 +14,8 @@ from layerscalpel.checks import text_needed
 from layerscalpel.config import build_config
 from layerscalpel.data import Parts, prepare_blocks
 from layerscalpel.errors import UserError
+from layerscalpel.fingerprint import fingerprints
 from layerscalpel.overlap import RUN, Grams, overlaps, words_of
-from layerscalpel.rundir import fingerprints
 
 
 def naive(seen: list[str], text: str, run: int) -> bool:

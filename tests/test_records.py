@@ -12,9 +12,9 @@ from texts import TURNS, write_jsonl
 
 from layerscalpel.config import build_config
 from layerscalpel.errors import UserError
+from layerscalpel.fingerprint import fingerprints
 from layerscalpel.forms import COMPLETIONS, FORMS, checked_record, record_text
 from layerscalpel.records import SOURCES, find_source, sources_in
-from layerscalpel.rundir import fingerprints
 
 
 def user(content: str) -> dict[str, str]:

@@ -168,7 +168,7 @@ def test_a_sound_run_has_no_warning():
         (
             "benchmark speedup decode se",
             0.2,
-            "Speed in decode: no difference can be told: over 5 rounds the ratio spreads by 0.4",
+            "Speed in decode: no difference can be told: over 5 rounds the ratio spreads by 0.57",
         ),
         ("benchmark speedup prefill value", 0.8, "The result is slower than the parent in prefill: 0.80 ± 0.03 times"),
         ("cut proof", None, "The cut checkpoint was not verified (--no-verify)."),

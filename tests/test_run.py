@@ -15,7 +15,7 @@ from world import write_texts
 
 from layerscalpel import aside, checkpoint, stages, training
 from layerscalpel.cli import main
-from layerscalpel.rundir import STAGES
+from layerscalpel.fingerprint import STAGES
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from speed_tables import TABLES
 from transformers import AutoModelForCausalLM
 
 from layerscalpel import engines
+from layerscalpel.benchmark import median
 from layerscalpel.card import model_card, warnings
 from layerscalpel.cli import main
 from layerscalpel.speedwords import no_difference, said, speed_lines, tells
@@ -32,7 +34,7 @@ def alone(world: Path, out: str, *more: str) -> int:
 
 def test_a_model_alone_is_timed_sized_and_fitted_by_depth(world: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(engines.shutil, "which", lambda _: None)
-    monkeypatch.setattr(engines, "_importable", lambda _: False)
+    monkeypatch.setattr(engines, "installed", lambda *_: False)
     more = ("batch_sizes=2", "latency=true", "engines=vllm,llama.cpp")
     assert alone(world, "alone", *(word for text in more for word in ("--set", f"benchmark.{text}"))) == 0
     results = json.loads((world / "alone" / "results.json").read_text(encoding="utf-8"))
@@ -46,7 +48,7 @@ def test_a_model_alone_is_timed_sized_and_fitted_by_depth(world: Path, monkeypat
     assert found["counted"]["peak_memory_bytes"].startswith("resident set")
     assert [row["batch_size"] for row in found["timings"]] == [1, 2]
     assert found["latency"]["check"]["num_layers"] == 6
-    assert found["engines"]["vllm"] == {"missing": "vllm is not installed - pip install vllm"}
+    assert found["engines"]["vllm"]["missing"].startswith("vllm is not installed - pip install vllm")
     printed = " ".join(capsys.readouterr().out.split())
     for text in ("batch 2, prompt 4, eager", "on disk", "GFLOP a token", "ms a layer", "vllm is not installed"):
         assert text in printed
@@ -66,12 +68,35 @@ def test_a_text_past_the_context_is_refused_before_weights_are_read(world: Path,
     assert "129 tokens of prompt and answer are longer than the model's context of 128" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("ratio", "told"), [((1.2, 0.05), True), ((1.2, 0.11), False), ((0.8, 0.05), True)])
-def test_a_ratio_is_told_where_it_is_further_from_1_than_it_spreads(ratio: tuple[float, float], told: bool) -> None:
-    found = quantity(*ratio, 5)
+@pytest.mark.parametrize(
+    ("ratio", "rounds", "told"),
+    [
+        ((1.2, 0.05), 5, True),
+        ((1.2, 0.08), 5, False),
+        ((1.2, 0.08), 100, True),
+        ((0.8, 0.05), 5, True),
+        ((1.2, 0.05), 2, False),
+        ((1.2, 0.0), 1, False),
+    ],
+)
+def test_a_ratio_is_told_where_it_is_further_from_1_than_it_spreads(ratio, rounds: int, told: bool) -> None:
+    found = quantity(*ratio, rounds)
     assert tells(found) is told
     assert said(found, "text") == ("text" if told else no_difference(found))
     assert not tells(found | {"se": None})
+
+
+@pytest.mark.parametrize("rounds", [2, 3, 5, 20])
+def test_equal_models_are_told_apart_as_seldom_as_two_standard_errors_say(rounds: int) -> None:
+    draw = random.Random(rounds)
+    ratios = (median([draw.gauss(1.0, 0.05) for _ in range(rounds)]) for _ in range(2000))
+    assert sum(tells(ratio.to_dict()) for ratio in ratios) < 0.055 * 2000
+
+
+def test_seeds_that_are_one_row_have_the_rounds_of_each() -> None:
+    found = quantity(1.2, 0.02, 4)
+    assert tells(found)
+    assert not tells(found | {"num_seeds": 2, "sd": 0.01})
 
 
 def test_nobody_prints_a_ratio_that_tells_nothing() -> None:
@@ -81,10 +106,11 @@ def test_nobody_prints_a_ratio_that_tells_nothing() -> None:
     print_results(results, Path("nowhere"), console)
     provenance = {"layerscalpel": "0", "started": "", "wall_s": 1.0, "torch": "", "transformers": "", "python": ""}
     card = model_card(results, {}, provenance | {"platform": "", "seed": 0})
-    sentence = "no difference can be told: over 5 rounds the ratio spreads by 0.4"
+    sentence = "no difference can be told: over 5 rounds the ratio spreads by 0.57 (2.9 standard errors)"
     for text in (console.export_text(), card, " ".join(warnings(results))):
         assert sentence in text
         assert "1.23" not in text
+    assert "over the parent's, medians of 5 rounds: prefill 1.22 ± 0.03," in card
 
 
 def test_every_other_timing_has_a_line() -> None:
@@ -125,7 +151,7 @@ def test_the_script_measures_every_depth_beside_its_floor(measured: Path) -> Non
 
 def test_the_script_fills_its_document_and_measures_nothing_twice(measured: Path, capsys) -> None:
     text = (measured.parent / "speed.md").read_text(encoding="utf-8")
-    assert all(f"<!-- begin {part} -->\n\n" in text for part in TABLES)
+    assert all(f"<!-- begin {part} -->\n\n" in text for part in TABLES if part != "tasks")  # not measured here
     assert "| eager, growing cache | 2 | 16 | 7 | 1.429 |" in text
     before = measured.read_text(encoding="utf-8")
     script.main(["--parts", "gpu", "--tiny", "--out", str(measured)])

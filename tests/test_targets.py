@@ -188,7 +188,9 @@ def test_a_cut_that_is_refused_stays_refused_under_a_target() -> None:
 
 
 def in_time(fixed_ms: float, layer_ms: float) -> Latency:
-    return Latency(Measured(fixed_ms, 0.1, 5), Measured(layer_ms, 0.01, 5), 0.0, {}, "cpu", "float32", 1, 128, 32, 1)
+    return Latency(
+        Measured(fixed_ms, 0.1, 5), Measured(layer_ms, 0.01, 5), 0.0, {"kept": True}, "cpu", "float32", 1, 128, 32, 1
+    )
 
 
 @pytest.mark.parametrize(("most", "num_removed"), [(9.9, 1), (9.0, 1), (8.9, 2), (5.0, 5), (4.0, 6)])

@@ -40,6 +40,7 @@ def test_the_default_set_is_among_the_harness_tasks() -> None:
     [
         ("piqa,,boolq", "has a part without meaning"),
         ("none,piqa", "has a part without meaning"),
+        ("offline:", "has a part without meaning"),
         ("piqa,piqa", "names piqa twice"),
         ("offline:pica", "did you mean 'offline:piqa'"),
         ("offline:wikitext", "from the hub with --tasks wikitext, or name a task definition whose data is a file"),
@@ -95,7 +96,8 @@ def test_damaged_and_unsound_definitions_are_named(tmp_path) -> None:
     with pytest.raises(UserError, match=r"the data of .*broken\.yaml cannot be reached"):
         tasks_in(f"{folder}/broken.yaml")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="defines no task"):
+    (tmp_path / "empty" / "colours.yml").write_text(colours, encoding="utf-8")
+    with pytest.raises(UserError, match=r"defines no task - it needs files \*\.yaml with a line 'task: NAME'"):
         tasks_in(f"{tmp_path}/empty")
 
 

@@ -21,9 +21,9 @@ from world import byte_tokenizer, write_recipe, write_texts
 from layerscalpel import checkpoint
 from layerscalpel.cli import main
 from layerscalpel.decoder import num_parameters, save_decoder
+from layerscalpel.fingerprint import STAGES
 from layerscalpel.layers import Decoder
 from layerscalpel.probe import find_layers
-from layerscalpel.rundir import STAGES
 from layerscalpel.search import SEARCHES
 from layerscalpel.segment import Segment, segments_of
 from layerscalpel.settings import BenchmarkSettings, SearchSettings, TargetSettings

@@ -134,6 +134,7 @@ def test_no_loop_is_seen_in_random_text_and_any_planted_one_is():
         assert loops(text + 3 * phrase)
         assert loops(text + 3 * phrase + phrase[: size // 2])
         assert not loops(text + 2 * phrase)
+        assert not loops(text + 2 * phrase + phrase[:-1])  # the third copy must be whole
 
 
 def texts(*rows: list[int]) -> list[Written]:

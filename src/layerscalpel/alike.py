@@ -14,6 +14,8 @@ from layerscalpel.gather import TEXT_SETTINGS, Group, Run
 
 TIMING = ("device", "threads", "mode", "batch_size", "prompt_tokens", "new_tokens")
 """What a speed-up depends on."""
+UNKNOWN = "not kept by "
+OLD = ", or in one that an older version did not keep - measure anew: scalpel evaluate DIR"
 
 
 def require_one_tokenizer(runs: Sequence[Run]) -> None:
@@ -75,7 +77,7 @@ def _timed(run: Run) -> bool:
 
 def common_tasks(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
     """Return the tasks that all groups with tasks have measured alike, and notes on the others."""
-    asked = {group.name: signatures(group) for group in groups}
+    asked = {group.name: ways(group) for group in groups}
     having = {name: found for name, found in asked.items() if found}
     if not having:
         return [], []
@@ -83,28 +85,31 @@ def common_tasks(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
     tasks, first = [], next(iter(having.values()))
     for task in dict.fromkeys(task for found in having.values() for task in found):
         absent = [name for name, found in having.items() if task not in found]
-        other = [name for name, found in having.items() if task in found and found[task] != first.get(task)]
+        other = [name for name, found in having.items() if task in found and found[task] != first.get(task, ())[:1]]
         if absent:
             notes.append(f"{task} is left out of the retentions: it was not measured on {', '.join(absent)}")
         elif other:
-            notes.append(f"{task} is left out of the retentions: {', '.join(other)} measured it in another way")
+            old = any(UNKNOWN in way for found in having.values() for way in found[task])
+            why = f"measured it in another way{OLD if old else ''}"
+            notes.append(f"{task} is left out of the retentions: {', '.join(other)} {why}")
         else:
             tasks.append(task)
     return tasks, notes
 
 
-def signatures(group: Group) -> dict[str, str]:
-    """Return {task: how it was measured} of the tasks that all runs of a group have alike."""
+def ways(group: Group) -> dict[str, tuple[str, ...]]:
+    """Return {task: the ways in which the runs of a group measured it} of the tasks that all of them have."""
     found = [signatures_of(run) for run in group.runs.values()]
-    return {task: how for task, how in found[0].items() if all(other.get(task) == how for other in found)}
+    shared = (task for task in found[0] if all(task in other for other in found))
+    return {task: tuple(dict.fromkeys(other[task] for other in found)) for task in shared}
 
 
 def signatures_of(run: Run) -> dict[str, str]:
-    """Return {task: how it was measured}."""
+    """Return {task: how it was measured}: settings, software, and a hash of its prompts, metrics and items."""
     harness = run.results["evaluate"].get("harness", {})
     shared = [harness.get(name) for name in ("lm_eval", "limit", "chat_template")]
-    names = ("metric", "num_items", "num_fewshot", "version")
+    names = ("metric", "num_items", "num_fewshot", "version", "task_tokens")
     return {
-        task: json.dumps([*shared, *(how.get(name) for name in names)])
+        task: json.dumps([*shared, *(how.get(name) for name in names), how.get("definition", f"{UNKNOWN}{run.path}")])
         for task, how in harness.get("tasks", {}).items()
     }

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerscalpel.decoder import num_parameters
 from layerscalpel.errors import UserError
 from layerscalpel.footprint import PEAKS, Peak, flops_per_token
 from layerscalpel.graphs import NoGraphError, captured
@@ -32,6 +33,8 @@ from layerscalpel.turns import GRAPH, GROWING, Clock, Decoding, Growing, Job, Tu
 Make = Callable[[nn.Module, Job], Decoding]
 MAKERS: dict[str, Make] = {GROWING: lambda model, _: Growing(model), GRAPH: captured}
 """{way to decode: what prepares a model for it}."""
+MEDIAN_ERROR = math.sqrt(math.pi / 2)
+"""Standard error of a median over that of a mean, of many normal values; of few it is a little less."""
 FLOPS = "one decoding step after the prompt, as torch counts the operations of its products"
 
 
@@ -58,7 +61,7 @@ def benchmark(
     head = ways[-1]
     result: dict[str, Any] = {"mode": head["mode"], **conditions(first, settings)}
     for name, model in models.items():
-        sizes = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+        sizes = {"parameters": num_parameters(model)}
         result[name] = head[name] | sizes | {"flops_per_token": flops_per_token(model, settings.prompt_tokens)}
     if "speedup" in head:
         result["speedup"] = head["speedup"]
@@ -182,5 +185,6 @@ def conditions(model: nn.Module, settings: BenchmarkSettings) -> dict[str, Any]:
 
 
 def median(values: list[float]) -> Measured:
-    """Return the median and the standard error of a mean of as many values, a little below the median's own."""
-    return Measured(statistics.median(values), statistics.stdev(values) / math.sqrt(len(values)), len(values))
+    """Return the median with its standard error."""
+    error = MEDIAN_ERROR * statistics.stdev(values) / math.sqrt(len(values))
+    return Measured(statistics.median(values), error, len(values))

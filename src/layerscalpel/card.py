@@ -19,6 +19,7 @@ from layerscalpel.distancewords import distance_words
 from layerscalpel.healwords import heal_warnings, healing_words
 from layerscalpel.longwords import long_warnings, long_words
 from layerscalpel.proofwords import proof_text, proof_warnings
+from layerscalpel.quantwords import quantize_warnings, quantize_words
 from layerscalpel.search import SEARCHES
 from layerscalpel.searchwords import pilot_rows, refusals, search_paragraphs, search_warnings
 from layerscalpel.segment import Segment, spoken
@@ -90,6 +91,8 @@ def headline(results: Results) -> str:
         shares.append(f"{100 * (1 - final['parameters'] / parent['parameters']):.3g} % of the parameters")
     if final["kl_nats"]:
         costs.append(f"KL to the parent {measured(final['kl_nats'])} nats")
+    if final["model"] == "quantized":
+        shares.append(f"{100 * (1 - final['bytes'] / parent['bytes']):.3g} % of the bytes")
     if final["ppl"] and final is not parent and parent["ppl"]:
         costs.append(f"perplexity {measured(final['ppl'])} against {measured(parent['ppl'])} of the parent")
     if kept := kept_text(results):
@@ -109,8 +112,9 @@ def warnings(results: Results) -> list[str]:
     """Return what speaks against the result, one sentence each."""
     found = proof_warnings(results["cut"]) if "cut" in results else []
     found += heal_warnings(results) + search_warnings(results) + long_warnings(results)
-    found += task_warnings(results) + writing_warnings(results)
-    children = [row for row in summary_rows(results) if row["model"] != "parent"]
+    found += task_warnings(results) + writing_warnings(results) + quantize_warnings(results)
+    # Rounding weights makes them worse, which is no finding: the sizes say what it is for.
+    children = [row for row in summary_rows(results) if row["model"] not in ("parent", "quantized")]
     for before, after in itertools.pairwise(children):
         found += _worsenings(before, after)
     speedup = results.get("benchmark", {}).get("speedup", {})
@@ -149,7 +153,7 @@ def words(results: Results) -> dict[str, Any]:
     """Return what the templates read: every stage (None where it did not run) and the sentences about them."""
     segments = removed_segments(results)
     return {
-        **dict.fromkeys(("data", "search", "cut", "stitch", "heal", "evaluate", "benchmark")),
+        **dict.fromkeys(("data", "search", "cut", "stitch", "heal", "quantize", "evaluate", "benchmark")),
         **results,
         "segments": segments,
         "removed": {i for run in segments for i in range(run.start, run.stop)},
@@ -166,6 +170,7 @@ def words(results: Results) -> dict[str, Any]:
         **writing_words(results),
         **distance_words(results),
         **healing_words(results),
+        **quantize_words(results),
         "headline": headline(results),
         "warnings": warnings(results),
         "proof": proof_text(results["cut"]) if "cut" in results else None,

@@ -43,6 +43,8 @@ from layerscalpel.probe import find_layers
 from layerscalpel.progress import say, waiting
 from layerscalpel.proof import LogitsProof, TensorsProof, expect, prove_logits, prove_tensors, prove_twin
 from layerscalpel.quantised import require_back_end
+from layerscalpel.quiet import without_bars
+from layerscalpel.renumber import Modules, renumber_files
 from layerscalpel.rundir import write_json
 from layerscalpel.segment import Segment
 from layerscalpel.shards import Weights, read_weights
@@ -173,6 +175,8 @@ def _write(origin: Origin, plan: Plan, draft: Path, parent: Loaded | None, devic
     require_room(draft.parent, weights.num_bytes() * num_parameters(plan.cut) // num_parameters(plan.parent))
     copy, renamed = cut_folder(weights, plan, draft)
     carry_files(source, draft)
+    if origin.quantised:
+        renumber_files(draft, Modules.of(plan.parent, plan.path, plan.segment))
     if not (draft / "generation_config.json").exists():
         _generation_settings(source).to_json_file(draft / "generation_config.json")
     return Written(plan, draft, parent, weights, copy, renamed)
@@ -203,7 +207,7 @@ def _prove(
         left_out["tensors"] = "the parent's numbers were converted on loading, so its files hold other bytes"
     text_only = text_part(written.plan.config) is not written.plan.config
     if proof == "memory" or (proof == "auto" and _fits(origin, written, device, dtype)):
-        with waiting("proving the checkpoint in a fresh process"):
+        with waiting("proving the checkpoint in a fresh process"), without_bars():
             loaded = written.parent or load_origin(origin, device=device, dtype=dtype)
             remote = origin.trust_remote_code
             expected = expect(find_layers(loaded.model), written.plan.segment, trust_remote_code=remote)

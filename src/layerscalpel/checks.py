@@ -16,10 +16,15 @@ from layerscalpel.benchmark import longest_text
 from layerscalpel.errors import UserError
 from layerscalpel.exam import require_tasks
 from layerscalpel.heal import refuse_contradictions
+from layerscalpel.needs import require_memory_to_heal
 from layerscalpel.objectives import asks_parent, weights_of
-from layerscalpel.origin import Origin, package_folder, peek
+from layerscalpel.origin import Origin, package_folder, peek, read_config, skeleton
 from layerscalpel.places import require_place
+from layerscalpel.quantchecks import require_fit_for_quantised
+from layerscalpel.quantize import require_quantizable
 from layerscalpel.records import find_source, require_place_for_self, sources_in
+from layerscalpel.scheme import Scheme, refuse_quantised
+from layerscalpel.search import uses_gate
 from layerscalpel.settings import Config
 from layerscalpel.targets import require_target
 from layerscalpel.trained import require_peft
@@ -43,11 +48,14 @@ def check_before_loading(config: Config, wanted: list[str]) -> Origin:
     origin = check(lambda: peek(config.model.name, **config.model.permissions()))
     sources = check(lambda: text_needed(config, wanted)) or {}
     if origin:
+        check(lambda: require_fit_for_quantised(config, origin, wanted))
         check(lambda: require_target(config.target, origin.num_layers))
         check(lambda: _require_context(config, origin, wanted, sources))
+        if "heal" in wanted:
+            check(lambda: require_memory_to_heal(config, origin))
     for test in _text_checks(config, sources):
         check(test)
-    for test in _heal_checks(config, wanted):
+    for test in (*_heal_checks(config, wanted), *_quantize_checks(config, wanted, origin)):
         check(test)
     if "evaluate" in wanted:
         context = origin.max_tokens if origin else None
@@ -78,13 +86,44 @@ def _heal_checks(config: Config, wanted: list[str]) -> Iterator[Callable[[], Any
             yield require_peft
         if offload != "none" and asks_parent(heal):
             terms = " and ".join(sorted(set(weights_of(heal)) - {"ce"}))
-            yield partial(_refuse, f"healing by {terms} needs the parent in memory - with --offload heal by ce")
+            yield partial(
+                _refuse,
+                f"healing by {terms} needs the parent in memory - with --offload heal by ce (as --recipe paper)",
+            )
     if config.search.method == "pilot" and "seam" in weights_of(heal):
         yield partial(
             _refuse,
             "pilots at different places are compared by their held-out loss, and errors after different seams do not"
             " compare - allowed: --search clp, or heal.objective ce, kl, both or end with heal.seam_weight=0",
         )
+
+
+def _quantize_checks(config: Config, wanted: list[str], origin: Origin | None) -> Iterator[Callable[[], Any]]:
+    """Yield what raises a UserError where the result cannot be quantised as asked for."""
+    settings = config.quantize
+    if settings.beside and settings.method == "none":
+        yield partial(_refuse, "quantize.beside compares with a quantised model - add --quantize gptq, or leave it out")
+    if "quantize" not in wanted or settings.method == "none":
+        return
+    yield partial(require_quantizable, settings, _calibration_tokens(config, wanted))
+    if settings.beside and config.model.offload != "none":
+        yield partial(_refuse, "quantize.beside needs the parent in memory - leave it out, or --offload")
+    if origin:
+        yield partial(refuse_quantised, origin)
+    if origin and not origin.quantised:
+        yield lambda: Scheme.of(skeleton(read_config(origin), **_code(config)), settings)
+
+
+def _code(config: Config) -> dict[str, bool]:
+    return {"trust_remote_code": config.model.trust_remote_code}
+
+
+def _calibration_tokens(config: Config, wanted: list[str]) -> int:
+    """Return how many tokens calibrate what is quantised: where nothing is healed a quarter of the text judges."""
+    search = config.search
+    drawn = max(search.num_blocks, search.gate_blocks if uses_gate(search.method) else 0)
+    calibrating = drawn if reads_healing(config, wanted) else drawn - max(1, drawn // 4)
+    return min(config.quantize.num_blocks, calibrating) * config.data.block_tokens
 
 
 def _refuse(why: str) -> None:
@@ -105,7 +144,9 @@ def _text_checks(config: Config, sources: dict[str, list[str]]) -> Iterator[Call
 
 def text_needed(config: Config, wanted: list[str]) -> dict[str, list[str]]:
     """Return {part of the text: its sources} of the parts that the wanted stages read."""
-    reads = config.target.segment is None or "evaluate" in wanted or config.stitch.method != "none"
+    quantises = "quantize" in wanted and config.quantize.method != "none"
+    repairs = quantises or config.stitch.method != "none"
+    reads = config.target.segment is None or "evaluate" in wanted or repairs
     heals = reads_healing(config, wanted)
     data = config.data
     named = {"calibration": [data.calibration]}

@@ -26,7 +26,7 @@ from layerscalpel.alike import (
 from layerscalpel.contest import RETENTIONS, Contest, Row, averaged, contests, marked
 from layerscalpel.gather import BASELINE, STAGE_OF, Group, Run
 from layerscalpel.retention import retentions
-from layerscalpel.summary import removed_segments
+from layerscalpel.summary import num_bytes, removed_segments
 
 ON_TEXT = ("kl_nats", "top1_agreement_fraction", "ppl_ratio")
 SPEED = {"prefill_speedup": "prefill", "decode_speedup": "decode"}
@@ -42,7 +42,7 @@ class Comparison:
     rows: tuple[Row, ...]
     contests: tuple[Contest, ...]
     tasks: tuple[str, ...]
-    """Those in the retentions."""
+    """Those that all have measured alike; which of them a retention is over is said by row."""
     notes: tuple[str, ...]
     """What differs, what was left out and why."""
 
@@ -64,6 +64,7 @@ def _plain(row: Row) -> dict[str, Any]:
     own |= {"segments": list(row.segments), "layers_removed": row.num_removed}
     own |= {"parameters": row.parameters, "bytes": row.num_bytes}
     own |= {"seeds": list(row.runs), "runs": [str(run.path) for run in row.runs.values()], "best": list(row.best)}
+    own |= {"tasks": {name: list(tasks) for name, tasks in row.tasks.items()}}
     return own | {name: found for name in MEASURES if (found := row.figure(name))}
 
 
@@ -105,6 +106,7 @@ def compare(groups: Sequence[Group], baselines: Sequence[Group] = (), notes: Seq
 def _row(group: Group, model: str, tasks: Sequence[str], left_out: set[str]) -> Row:
     runs = group.runs.values()
     sizes = [run.results.get(STAGE_OF[model], {}) for run in runs]
+    sizes = [run.results[size["of"]] if model == "quantized" else size for run, size in zip(runs, sizes, strict=True)]
     own = model != BASELINE
     return Row(
         name=group.name,
@@ -114,14 +116,21 @@ def _row(group: Group, model: str, tasks: Sequence[str], left_out: set[str]) -> 
         segments=tuple(dict.fromkeys(run.segment for run in runs)) if own else (),
         num_removed=sum(map(len, removed_segments(group.first.results))) if own else None,
         parameters=_mean([size.get("parameters") for size in sizes]),
-        num_bytes=_mean([size.get("bytes") for size in sizes]),
+        num_bytes=_mean([num_bytes(run.results, STAGE_OF[model]) for run in runs]),
         runs=group.runs,
         by_seed={
             name: {seed: _figure(run, model, name, tasks) for seed, run in group.runs.items()}
             for name in MEASURES
             if name not in left_out
         },
+        tasks={name: over for name in RETENTIONS if (over := _over(name, [_kept(run, model, tasks) for run in runs]))},
     )
+
+
+def _over(measure: str, found: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the tasks that a retention of some runs is the mean of."""
+    tasks = (task for one in found for task, own in one.get("by_task", {}).items() if measure in own)
+    return tuple(dict.fromkeys(tasks))
 
 
 def _mean(numbers: Sequence[int | None]) -> int | None:
@@ -134,6 +143,10 @@ def _healing(run: Run, model: str) -> str:
         found = run.results.get("heal", {})
         name = f"{found.get('method', 'healed')}, {found['objective']}" if "objective" in found else "healed"
         return f"{name} (failed)" if found.get("failed") else name
+    if model == "quantized":
+        found = run.results["quantize"]
+        name = {"cut": "cut", "stitch": "stitched", "heal": "healed"}[found["of"]]
+        return f"{_healing(run, name)}; {found['method']}, {found['bits']} bits"
     return f"stitch {run.results['stitch']['method']}" if model == "stitched" else "–" if model == BASELINE else "none"
 
 
@@ -142,34 +155,33 @@ def _figure(run: Run, model: str, measure: str, tasks: Sequence[str]) -> dict[st
     if measure in ON_TEXT:
         return found.get(measure)
     if measure in RETENTIONS:
-        return _kept(run, model, measure, tasks)
+        return _kept(run, model, tasks).get(measure)
     speedup = run.results.get("benchmark", {}).get("speedup", {})
     return speedup.get(SPEED[measure]) if speedup.get("of") == model else None
 
 
-def _kept(run: Run, model: str, measure: str, tasks: Sequence[str]) -> dict[str, Any] | None:
-    """Return a retention over the tasks that all have; it is computed anew where the run has more."""
+def _kept(run: Run, model: str, tasks: Sequence[str]) -> dict[str, Any]:
+    """Return what a model keeps on the tasks that all have, if anything; computed anew where the run has more."""
     if not tasks or not set(tasks) <= set(signatures_of(run)):
-        return None
-    found = run.results["evaluate"][model].get("retention", {})
+        return {}
     if set(signatures_of(run)) == set(tasks):
-        return found.get(measure)
+        return run.results["evaluate"][model].get("retention", {})
     parent, child = run.items("parent"), run.items(model)
     if parent is None or child is None:
-        return None
+        return {}
     key = ("retention", model, tuple(tasks))
     if key not in run.read:
         run.read[key] = retentions({name: parent[name] for name in tasks}, averaged([child], tasks)).to_dict()
-    return run.read[key].get(measure)
+    return run.read[key]
 
 
 def _merged(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows, models that were cut alike and not healed as one."""
+    """Return the rows, models that were cut alike, not healed, and measured alike as one."""
     found: dict[Any, Row] = {}
     for row in rows:
         facts = {seed: (run.parent, run.segment, run.text) for seed, run in row.runs.items()}
-        tasks = [sorted(signatures_of(run)) for run in row.runs.values()]
-        key = json.dumps([facts, tasks, row.by_seed.get("kl_nats")]) if row.model == "cut" else row.label
+        tasks = [signatures_of(run) for run in row.runs.values()]
+        key = json.dumps([facts, tasks, row.by_seed], sort_keys=True) if row.model == "cut" else row.label
         if key not in found:
             found[key] = row
             continue

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from layerscalpel.card import shown_name
 from layerscalpel.compare import SPEED, Comparison
-from layerscalpel.contest import ALPHA, Row
+from layerscalpel.contest import ALPHA, RETENTIONS, Row
 from layerscalpel.gather import BASELINE
-from layerscalpel.speedwords import SPREAD, tells
+from layerscalpel.speedwords import tells
 from layerscalpel.summary import count, measured
 
 WIDE = 200
@@ -121,7 +121,7 @@ def legend(comparison: Comparison) -> list[str]:
     if any(len(row.runs) > 1 for row in comparison.rows):
         lines.append(
             "Rows over several seeds are means; sd is the standard deviation over seeds, and the error is the mean of"
-            " the runs' own, which that of the mean does not exceed."
+            " the runs' own or, where that is more, sd over the root of their number."
         )
         runs = {row.name: ", ".join(str(run.path) for run in row.runs.values()) for row in comparison.rows}
         lines.append(f"The runs: {'; '.join(f'{name} is {paths}' for name, paths in runs.items())}.")
@@ -131,11 +131,24 @@ def legend(comparison: Comparison) -> list[str]:
             f" removed, healed or not) by a paired bootstrap, p below {ALPHA} each, and every seed agrees."
             " Baselines are tested, but do not compete."
         )
-    if comparison.tasks:
-        lines.append(f"Retentions are over {', '.join(comparison.tasks)}.")
+    lines += [line for name in RETENTIONS if (line := _over(comparison, name))]
     if any("no difference" in told(row, name) for row in comparison.rows for name in SPEED):
-        lines.append(f"No difference in speed is told where {SPREAD} standard errors of the ratio reach 1.")
+        lines.append(
+            "No difference in speed is told where a ratio is no further from 1 than Student's t over the rounds reaches"
+            " at the level of two standard errors."
+        )
     return lines
+
+
+def _over(comparison: Comparison, measure: str) -> str:
+    """Say which tasks a retention is over; parents may differ in what counts."""
+    rows: dict[str, list[str]] = {}
+    for row in comparison.rows:
+        if measure in row.tasks and row.figure(measure):
+            rows.setdefault(", ".join(row.tasks[measure]), []).append(label(comparison, row))
+    told = [tasks if len(rows) == 1 else f"{tasks} ({', '.join(names)})" for tasks, names in rows.items()]
+    name = TITLES[measure][0].partition("\n")[0]
+    return f"The {name} retentions are over {'; over '.join(told)}." if told else ""
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

@@ -54,6 +54,8 @@ class Row:
     """{seed: run}"""
     by_seed: Mapping[str, Mapping[int, dict[str, Any] | None]]
     """{measure: {seed: {value, se, n}}}; None where it was not measured or does not compare."""
+    tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """{retention: the tasks that it is the mean of}"""
     best: tuple[str, ...] = ()
     """Measures by which it is the best of its kind, told by the test."""
 
@@ -70,7 +72,8 @@ class Row:
     def figure(self, measure: str) -> dict[str, Any] | None:
         """Return the mean over the seeds as {value, se, n}, and of several {num_seeds, sd}; None if one is missing.
 
-        The error of the mean is at most the mean of the errors, however seeds hang together; that is what is told.
+        However the runs of these seeds hang together, the error of their mean is at most the mean of their errors.
+        Where seeds differ by more, it is that of the mean of so many seeds.
         """
         found = list(self.by_seed.get(measure, {}).values())
         if not found or any(item is None for item in found):
@@ -83,9 +86,10 @@ def _mean(items: list[dict[str, Any]]) -> dict[str, Any]:
         return items[0]
     values = torch.tensor([item["value"] for item in items], dtype=torch.float64)
     errors = [item["se"] for item in items]
-    error = None if None in errors else sum(errors) / len(errors)
+    spread = values.std().item()
+    error = None if None in errors else max(sum(errors) / len(errors), spread / len(items) ** 0.5)
     own = {"value": values.mean().item(), "se": error, "n": sum(item["n"] for item in items)}
-    return own | {"num_seeds": len(items), "sd": values.std().item()}
+    return own | {"num_seeds": len(items), "sd": spread}
 
 
 @dataclass(frozen=True)

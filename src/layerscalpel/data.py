@@ -67,6 +67,11 @@ class TokenBlocks:
         names = ("tokens", "labelled", "positions", "filled", "domains")
         return replace(self, **{n: t if (t := getattr(self, n)) is None else t[:count] for n in names})
 
+    def last(self, count: int) -> TokenBlocks:
+        """Return the last blocks."""
+        names, start = ("tokens", "labelled", "positions", "filled", "domains"), len(self) - count
+        return replace(self, **{n: t if (t := getattr(self, n)) is None else t[start:] for n in names})
+
     @property
     def sha256(self) -> str:
         """Hash of the token ids, labels and positions."""

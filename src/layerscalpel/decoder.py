@@ -23,8 +23,11 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 
 from layerscalpel.errors import UserError
-from layerscalpel.origin import DTYPES, Origin, auto_class, peek, read_config
+from layerscalpel.origin import DTYPES, Origin, auto_class, checkpoint_folder, peek, read_config
+from layerscalpel.packedlinear import hold, packed_parameters
+from layerscalpel.quantised import require_runnable
 from layerscalpel.quiet import quiet_transformers, readable
+from layerscalpel.shards import read_weights
 
 
 class Loaded(NamedTuple):
@@ -42,6 +45,8 @@ def load_decoder(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    allow_quantised: bool = False,
+    packed: bool = False,
 ) -> Loaded:
     """Load a model and its tokenizer.
 
@@ -51,13 +56,21 @@ def load_decoder(
         dtype: number format to compute in; auto is float32 on cpu and mps, the stored one on cuda.
         trust_remote_code: run code that comes with the checkpoint.
         allow_pickle: accept weights in .bin files; torch loads their tensors only.
+        allow_quantised: accept a checkpoint that is quantised already, where its layers can be computed with here.
+        packed: of such a one, keep packed weights packed and unpack them at each use (packedlinear.py).
 
     Raises:
         UserError: as `peek`; also a device that is not there.
     """
     choose_device(device)
-    origin = peek(name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    return load_origin(origin, device=device, dtype=dtype)
+    allowed = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    origin = peek(name, **allowed, allow_quantised=allow_quantised)
+    if not origin.quantised:
+        return load_origin(origin, device=device, dtype=dtype)
+    require_runnable(origin.config, name)
+    loaded = load_origin(origin, device=device, dtype=dtype)
+    hold(loaded.model, read_weights(checkpoint_folder(origin) or name), packed=packed)
+    return loaded
 
 
 def load_origin(origin: Origin, *, device: str = "auto", dtype: str = "auto", **options: Any) -> Loaded:
@@ -109,6 +122,11 @@ def _with_all_weights(origin: Origin, where: str, **options: Any) -> Any:
 def refuse_gaps(name: str, missing: Iterable[str], mismatched: Iterable[tuple[Any, ...]]) -> None:
     """Refuse a model whose files lack a tensor, or hold one of another shape: what transformers tells of a loading."""
     if bad := sorted({*missing, *(key for key, *_shapes in mismatched)}):
+        if all(key.endswith("weight_zero_point") for key in bad):
+            raise UserError(
+                f"model {name} packs its zero points, which this transformers does not load packed - add"
+                ' "dequantize": true to the quantization_config of its config.json'
+            )
         shown = ", ".join(bad[:3]) + (" ..." if len(bad) > 3 else "")
         raise UserError(f"model {name} lacks {len(bad)} tensors of the right shape ({shown}) - fetch it again")
 
@@ -162,8 +180,15 @@ def choose_dtype(dtype: str, device: torch.device, stored: str) -> torch.dtype:
 
 
 def num_parameters(model: torch.nn.Module) -> int:
-    """Return the number of parameters, tied ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Return the number of parameters, tied ones counted once, packed ones as if they were not."""
+    return sum(parameter.numel() for parameter in model.parameters()) + packed_parameters(model)
+
+
+def stored_bytes(model: torch.nn.Module, origin: Origin) -> int:
+    """Return the bytes of a model's weights: of a quantised one those in its files, else as `weight_bytes`."""
+    if not origin.quantised:
+        return weight_bytes(model, origin.dtype)
+    return read_weights(checkpoint_folder(origin) or origin.place).num_bytes()
 
 
 def weight_bytes(model: torch.nn.Module, dtype: str) -> int:

@@ -15,7 +15,6 @@ Dimensions: N blocks, B blocks at once, T tokens, D hidden size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 from layerscalpel.data import TokenBlocks
 from layerscalpel.hooks import head_logits, require_finite
 from layerscalpel.layers import Decoder, device_of
-from layerscalpel.losses import Measured, block_mean, kl_to_parent, log_probabilities, token_chunks, token_nll
+from layerscalpel.losses import Measured, block_mean, exp_of, kl_to_parent, log_probabilities, token_chunks, token_nll
 from layerscalpel.passes import pass_blocks
 
 
@@ -85,6 +84,8 @@ class TokenFigures:
     """How many targets each block has."""
     compared: bool
     """Whether there was a parent; without one its figures are 0."""
+    label: str
+    """What was measured, for a message."""
 
     def of(self, rows: Tensor) -> TokenFigures:
         """Return those of some blocks."""
@@ -133,29 +134,27 @@ def token_figures(
         found.append(_by_token(decoder, hidden, blocks.tokens[rows], blocks.labelled[rows], reference, parent))
     nll_NT, parent_NT, kl_NT, agreement_NT = torch.cat(found, dim=1)
     labelled_N = blocks.labelled[:, 1:].sum(1).double()
-    return TokenFigures(nll_NT, parent_NT, kl_NT, agreement_NT, labelled_N, reference is not None)
+    return TokenFigures(nll_NT, parent_NT, kl_NT, agreement_NT, labelled_N, reference is not None, label)
 
 
 def quality_of(figures: TokenFigures) -> Quality:
-    """Return the means over all tokens, with their errors over the blocks."""
+    """Return the means over all tokens, with their errors over the blocks.
+
+    Raises:
+        UserError: a perplexity is no finite number.
+    """
     labelled_N = figures.labelled_N
     nll_N, parent_N = figures.nll_NT.sum(1), figures.parent_nll_NT.sum(1)
     tokens_N, targets_N = torch.full_like(labelled_N, figures.kl_NT.shape[1]), labelled_N.clamp(min=1)
-    ppl = exp_of(block_mean(nll_N / targets_N, labelled_N))
+    ppl = exp_of(block_mean(nll_N / targets_N, labelled_N), f"{figures.label}: the perplexity")
     if not figures.compared:
         return Quality(None, None, ppl)
     return Quality(
         kl_nats=block_mean(figures.kl_NT.mean(1), tokens_N),
         top1_agreement_fraction=block_mean(figures.agreement_NT.mean(1), tokens_N),
         ppl=ppl,
-        ppl_ratio=exp_of(block_mean((nll_N - parent_N) / targets_N, labelled_N)),
+        ppl_ratio=exp_of(block_mean((nll_N - parent_N) / targets_N, labelled_N), f"{figures.label}: the perplexity"),
     )
-
-
-def exp_of(mean: Measured) -> Measured:
-    """Return exp of a mean with its first-order error: a perplexity, or a ratio of two from the mean difference."""
-    value = math.exp(mean.value)
-    return Measured(value, value * mean.se, mean.n)
 
 
 def _final_batches(

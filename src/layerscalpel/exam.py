@@ -10,6 +10,7 @@ on, and one that is done again with another task measures that task only.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
@@ -94,8 +95,10 @@ class Exam:
         found: dict[str, TaskResult] = {}
         for folder in filter(None, (self._earlier, self._folder)):
             for owner in (name, f"{name}.{PARTS}"):
-                if items_file(folder, owner).exists():
-                    found |= load_items(folder, owner)
+                try:
+                    found |= load_items(folder, owner) if items_file(folder, owner).exists() else {}
+                except UserError as error:
+                    say(f"{str(error).partition(' - measure anew')[0]}: measured again")
         return found
 
     def _one(
@@ -139,13 +142,17 @@ class Exam:
 
     def _note(self, one: TaskSet, result: TaskResult) -> None:
         """Keep what is told of a task once; tell what was cut short."""
-        own = {k: v for k, v in result.facts.items() if k not in ("key", "labels", "cut_short")}
+        own = {k: v for k, v in result.facts.items() if k not in ("key", "choices", "labels", "cut_short")}
         about = {"metric": result.metric, "chance": result.chance, "num_items": len(result.ids), "source": one.source}
+        parts = "".join(self._definitions[part.task_name] for part in one.parts)
+        definition = hashlib.sha256(parts.encode()).hexdigest()
+        about |= {"task_tokens": self._how.max_length, "definition": definition}
         noted = self._facts.setdefault(one.name, {**about, **own, "cut_short": 0})
         cut_short = int(result.facts.get("cut_short", 0))
         if cut_short > noted["cut_short"]:
             noted["cut_short"] = cut_short
-            say(f"{one.name}: {cut_short} sequences are longer than the context and lost their beginning")
+            whole = f"evaluate.task_tokens, {self._how.max_length:,}" if self._how.max_length else "the context"
+            say(f"{one.name}: sequences that lost their beginning, being longer than {whole}: {cut_short:,}")
 
 
 def _text_of(value: Any) -> str:

@@ -98,3 +98,8 @@ def bytes_on_disk(place: Path) -> int:
     """Return the size of a checkpoint's weights: of a file, or of a folder's safetensors, without these its pickles."""
     files = [place] if place.is_file() else list(place.glob("*.safetensors")) or list(place.glob("*.bin"))
     return sum(path.stat().st_size for path in files)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files of a checkpoint folder: weights, tokenizer, config and whatever else it carries."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

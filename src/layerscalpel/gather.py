@@ -12,18 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from layerscalpel.byblock import BlockResult, blocks_file, load_blocks
-from layerscalpel.config import YamlLoader
+from layerscalpel.config import to_dict
 from layerscalpel.errors import UserError
+from layerscalpel.fingerprint import ELSEWHERE, made_with
 from layerscalpel.items import TaskResult, items_file, load_items
-from layerscalpel.rundir import ELSEWHERE, read_json
+from layerscalpel.rundir import read_json
 from layerscalpel.summary import Results, removed_segments
 
 BASELINE = "baseline"
 """Name of a model that was not cut, among those of a run."""
-STAGE_OF = {"cut": "cut", "stitched": "stitch", "healed": "heal", BASELINE: "model"}
+STAGE_OF = {"cut": "cut", "stitched": "stitch", "healed": "heal", "quantized": "quantize", BASELINE: "model"}
 """{model: the part of the results that tells its size}, in the order of rows."""
 TEXT_SETTINGS = ("evaluation", "block_tokens", "evaluation_blocks")
 """Settings of the section data that held-out text depends on, beside the seed."""
@@ -36,7 +35,7 @@ class Run:
     path: Path
     results: Results
     settings: Mapping[str, Any]
-    """As in config.yaml."""
+    """Of every section, as config.yaml and the defaults have them."""
     read: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What has been read of its files."""
 
@@ -101,7 +100,7 @@ def read_run(path: str | Path) -> Run:
     """Read a run directory whose models were evaluated.
 
     Raises:
-        UserError: it is none, it holds no models, or they were not evaluated.
+        UserError: it is none, it holds no models, they were not evaluated, or its settings cannot be read.
     """
     path = Path(path).expanduser()
     results = read_json(path / "results.json")
@@ -116,11 +115,7 @@ def read_run(path: str | Path) -> Run:
         )
     if not set(STAGE_OF) & set(results.get("evaluate", {})):
         raise UserError(f"the models in {path} were not evaluated - do it first: scalpel evaluate {path}")
-    try:
-        settings = yaml.load((path / "config.yaml").read_text(encoding="utf-8"), YamlLoader)
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path / 'config.yaml'} cannot be read - is {path} a run directory?") from error
-    return Run(path, results, settings)
+    return Run(path, results, to_dict(made_with(path)))
 
 
 def grouped(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from layerscalpel.errors import UserError
+from layerscalpel.errors import UserError, kind_and_line
 from layerscalpel.items import TaskResult, figure, primary_metric
-from layerscalpel.taskset import quiet_harness
+from layerscalpel.taskset import UNSOUND, quiet_harness
 
 BATCH_SIZES = {"cpu": 16}
 """Sequences at once where none are asked for, by device."""
@@ -38,8 +38,10 @@ DRAWS = 1000
 """Of the harness's bootstrap, for metrics that are no mean."""
 WEIGHTED = {"word_perplexity": 1.0, "byte_perplexity": 1.0, "bits_per_byte": math.log(2)}
 """Metrics whose items are (log likelihood, words or bytes), and the nats of their unit."""
-SHARES = ("acc", "exact_match")
-"""Metrics, and beginnings of their names, that are shares of right answers."""
+CHOSEN, WRITTEN = "acc", "exact_match"
+"""Beginnings of the names of metrics that are shares of right answers: of those chosen, of those written."""
+FORM = 2
+"""Raise it when what is kept of a task changes."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,10 @@ def measure(model: PreTrainedModel, tokenizer: Any, task: Any, how: How, *, labe
         label: what the progress line says.
 
     Raises:
-        UserError: the model's output is not finite, or no answer fits its context.
+        UserError: the model's output is not finite, no answer fits its context, or the task does not fit its data.
         torch.OutOfMemoryError: the batch is too large.
     """
     from lm_eval.defaults import DEFAULT_OTHER_SEED
-    from lm_eval.evaluator import evaluate
 
     from layerscalpel.examinee import Examinee
 
@@ -82,20 +83,7 @@ def measure(model: PreTrainedModel, tokenizer: Any, task: Any, how: How, *, labe
         examinee = Examinee(model, tokenizer, batch_size=how.batch_size, max_length=how.max_length, label=label)
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
             examinee.batch_size_per_gpu = max(1, how.batch_size * WINDOW_TOKENS // examinee.max_length)
-        try:
-            found: Any = evaluate(
-                lm=examinee,
-                task_dict={"tasks": {task.task_name: task}},
-                limit=how.limit,
-                bootstrap_iters=DRAWS,
-                log_samples=True,
-                apply_chat_template=how.chat_template,
-                fewshot_as_multiturn=how.chat_template,
-            )
-        except OverflowError as error:
-            raise UserError(
-                f"the perplexity on {task.task_name} is too large for a number: the model is ruined - measure another"
-            ) from error
+        found = _evaluated(examinee, task, how)
     facts = {
         "version": found["versions"].get(task.task_name),
         "num_fewshot": found["n-shot"].get(task.task_name) or 0,
@@ -103,6 +91,34 @@ def measure(model: PreTrainedModel, tokenizer: Any, task: Any, how: How, *, labe
         "cut_short": examinee.cut_short,
     }
     return _result(task, found, facts)
+
+
+def _evaluated(examinee: Any, task: Any, how: How) -> Any:
+    """Return what the harness returns."""
+    from jinja2 import TemplateError
+    from lm_eval.evaluator import evaluate
+
+    try:
+        return evaluate(
+            lm=examinee,
+            task_dict={"tasks": {task.task_name: task}},
+            limit=how.limit,
+            bootstrap_iters=DRAWS,
+            log_samples=True,
+            apply_chat_template=how.chat_template,
+            fewshot_as_multiturn=how.chat_template,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except OverflowError as error:
+        raise UserError(
+            f"the perplexity on {task.task_name} is too large for a number: the model is ruined - measure another"
+        ) from error
+    except (*UNSOUND, TemplateError) as error:
+        said = kind_and_line(error)[:200]
+        raise UserError(
+            f"the task {task.task_name} cannot be measured: {said} - check its definition and its data"
+        ) from error
 
 
 def definition_of(task: Any, limit: int | None) -> str:
@@ -127,7 +143,7 @@ def key_of(model: str, definition: str, how: How, computes: Sequence[str]) -> st
         computes: device and number format.
     """
     versions = [version(name) for name in ("lm-eval", "transformers", "torch")]
-    parts = [model, definition, asdict(how), list(computes), versions]
+    parts = [FORM, model, definition, asdict(how), list(computes), versions]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -150,9 +166,12 @@ def _result(task: Any, found: Mapping[str, Any], facts: dict[str, Any]) -> TaskR
                 weights[shown] = per_item[1]
             if measured := _measured(found["results"][name], metric, own, per_item, len(samples)):
                 figures[shown] = measured
+    for shown, measured in figures.items():
+        if not math.isfinite(measured["value"]):
+            raise UserError(f"{shown} of {name} is {measured['value']}: the model is ruined - measure another")
     first = next(iter(by_filter.values()))
-    metric = primary_metric(figures)
-    labels = _labels(task, first)
+    metric, choices = primary_metric(figures), _choices(task)
+    labels = _labels(first) if choices else None
     return TaskResult(
         name=name,
         metric=metric,
@@ -162,7 +181,7 @@ def _result(task: Any, found: Mapping[str, Any], facts: dict[str, Any]) -> TaskR
         ids=tuple(str(sample["doc_hash"])[:16] for sample in first),
         weights=weights,
         figures=figures,
-        facts=facts | {"labels": labels},
+        facts=facts | {"choices": choices, "labels": labels},
     )
 
 
@@ -186,22 +205,44 @@ def _measured(
         return None
     if not isinstance(error, (int, float)):
         error = figure(metric, *per_item).se if per_item else math.nan
-    return {"value": float(value), "se": None if math.isnan(error) else float(error), "n": count}
+    return {"value": float(value), "se": float(error) if math.isfinite(error) else None, "n": count}
 
 
-def _labels(task: Any, samples: list[Any]) -> dict[str, int] | None:
-    """Return how often each answer is right, of a task all of whose items have the same choices."""
-    if task.OUTPUT_TYPE != "multiple_choice" or not isinstance(task.get_config("doc_to_choice"), (list, dict)):
+def _choices(task: Any) -> list[str] | None:
+    """Return the choices of a task all of whose items have the same."""
+    choices = task.get_config("doc_to_choice")
+    if task.OUTPUT_TYPE != "multiple_choice" or not isinstance(choices, (list, dict)):
         return None
-    return dict(Counter(str(sample["target"]) for sample in samples))
+    return [str(choice) for choice in (choices.values() if isinstance(choices, dict) else choices)]
+
+
+def _labels(samples: list[Any]) -> dict[str, int]:
+    """Return how often each answer is right."""
+    return dict(Counter(str(answer) for sample in samples for answer in _right(sample)))
+
+
+def _right(sample: Any) -> set[Any]:
+    """Return the right answers of an item, which may be several."""
+    target = sample["target"]
+    return set(target) if isinstance(target, list) else {target}
 
 
 def _chance(task: Any, samples: list[Any], metric: str, labels: Mapping[str, int] | None) -> float | None:
-    if not metric.startswith(SHARES):
+    """Return a metric's value by guessing; None where it is not known, as where a task judges choices by code."""
+    if metric.startswith(WRITTEN):
+        return 0.0
+    if not metric.startswith(CHOSEN) or _judges_itself(task):
         return None
     if task.OUTPUT_TYPE != "multiple_choice":
         return 0.0
     if labels:
         return max(labels.values()) / len(samples)
     twice = 2 if "acc_mutual_info" in samples[0]["metrics"] else 1  # each choice is asked for without context, too
-    return sum(twice / len(sample["arguments"]) for sample in samples) / len(samples)
+    return sum(twice * len(_right(sample)) / len(sample["arguments"]) for sample in samples) / len(samples)
+
+
+def _judges_itself(task: Any) -> bool:
+    from lm_eval.api.task import ConfigurableTask
+
+    own = type(task).process_results is not ConfigurableTask.process_results
+    return own or callable(task.get_config("process_results"))

@@ -10,7 +10,6 @@ Dimensions: I items.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from layerscalpel.errors import UserError
-from layerscalpel.losses import Measured, block_mean
+from layerscalpel.losses import Measured, block_mean, exp_of
 from layerscalpel.packed import read_packed, write_packed
 
 PREFERRED = ("acc_norm", "acc")
@@ -36,8 +35,9 @@ class TaskResult:
     metric: str
     """The one that stands for the task: acc_norm where it has it, else acc, else its first."""
     chance: float | None
-    """The metric's value by guessing: the mean of 1 / choices, or the largest share of one answer where all items have
-    the same choices; 0 where an answer is written; None for a metric that is no share of right answers."""
+    """The metric's value by guessing: the mean of right answers / choices, or the largest share of one answer where all
+    items have the same choices; 0 where an answer is written; None where it is not known, or the metric is no share of
+    right answers."""
     values: Mapping[str, Tensor]
     """{metric: [I] float64}, one value an item; of a perplexity the nats per word or byte. A metric that is not made of
     one number an item is in `figures` alone."""
@@ -49,7 +49,8 @@ class TaskResult:
     figures: Mapping[str, dict[str, float | int | None]] = field(default_factory=dict)
     """{metric: {value, se, n}} over all items; n counts items."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """How it was measured: version, num_fewshot, batch_size, cut_short, labels (how often each answer is right)."""
+    """How it was measured: version, num_fewshot, batch_size, cut_short, choices (where all items have the same),
+    labels (how often each of them is right)."""
 
 
 def primary_metric(metrics: Mapping[str, Any]) -> str:
@@ -61,8 +62,7 @@ def figure(metric: str, values_I: Tensor, weights_I: Tensor | None = None) -> Me
     """Return a metric over all items; a perplexity is exp of its mean, weighted by words or bytes. n counts items."""
     mean = block_mean(values_I, torch.ones_like(values_I) if weights_I is None else weights_I)
     if metric.endswith("perplexity"):
-        value = math.exp(mean.value)
-        return Measured(value, value * mean.se, len(values_I))
+        mean = exp_of(mean, f"the {metric}")
     return Measured(mean.value, mean.se, len(values_I))
 
 
@@ -77,28 +77,45 @@ def pooled(name: str, parts: list[TaskResult]) -> TaskResult:
     if not shared:
         raise UserError(f"the tasks of the group {name} share no metric that items have - name tasks instead")
     values = {metric: torch.cat([part.values[metric] for part in parts]) for metric in shared}
-    labels = Counter[str]()
-    for part in parts:
-        labels.update(part.facts.get("labels") or {})
-    counted = sum(labels.values()) == sum(len(part.ids) for part in parts)
-    chances = [(part.chance, len(part.ids)) for part in parts]
-    known = [chance * count for chance, count in chances if chance is not None]
-    mean = sum(known) / sum(count for _, count in chances) if len(known) == len(parts) else None
+    weights = {
+        metric: torch.cat([part.weights[metric] for part in parts]) for metric in shared if metric in first.weights
+    }
+    ids = tuple(item for part in parts for item in part.ids)
+    choices, labels = _answers(parts)
     return TaskResult(
         name=name,
         metric=primary_metric(values),
-        chance=max(labels.values()) / sum(labels.values()) if counted else mean,
+        chance=max(labels.values()) / len(ids) if labels else _mean_chance(parts),
         values=values,
         higher_is_better=first.higher_is_better,
-        ids=tuple(item for part in parts for item in part.ids),
-        figures={metric: figure(metric, values_I).to_dict() for metric, values_I in values.items()},
+        ids=ids,
+        weights=weights,
+        figures={metric: figure(metric, item, weights.get(metric)).to_dict() for metric, item in values.items()},
         facts={
             "num_fewshot": first.facts.get("num_fewshot"),
             "batch_size": min(part.facts.get("batch_size", 0) for part in parts),
             "cut_short": sum(part.facts.get("cut_short", 0) for part in parts),
-            "labels": dict(labels) if counted else None,
+            "choices": choices,
+            "labels": labels,
         },
     )
+
+
+def _answers(parts: list[TaskResult]) -> tuple[list[str] | None, dict[str, int] | None]:
+    """Return (choices, how often each is right) over all parts; None where they do not have one and the same choices.
+
+    The first answer of one list of choices is not the first of another, so their places cannot be added.
+    """
+    choices = parts[0].facts.get("choices")
+    if not choices or any(part.facts.get("choices") != choices for part in parts):
+        return None, None
+    return choices, dict(sum((Counter(part.facts["labels"]) for part in parts), Counter[str]()))
+
+
+def _mean_chance(parts: list[TaskResult]) -> float | None:
+    """Return the mean over items, so that every item counts the same; None where one part's is not known."""
+    known = [part.chance * len(part.ids) for part in parts if part.chance is not None]
+    return sum(known) / sum(len(part.ids) for part in parts) if len(known) == len(parts) else None
 
 
 def save_items(folder: Path, model: str, results: Mapping[str, TaskResult]) -> Path:

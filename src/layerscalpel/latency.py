@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from layerscalpel.benchmark import MAKERS, conditions, jobs_of, median
+from layerscalpel.benchmark import MAKERS, MEDIAN_ERROR, conditions, jobs_of, median
 from layerscalpel.errors import UserError, one_line
 from layerscalpel.graphs import NoGraphError
 from layerscalpel.hooks import bypass
@@ -159,7 +159,7 @@ def _fit(depths: Sequence[int], rounds: list[list[float]], conditions: dict[str,
     fixed = [times[0] - whole * slope for times, slope in zip(rounds, layer, strict=True)]
     measured = [times[2] for times in rounds]
     error = [(a + other * b) / c - 1 for a, b, c in zip(fixed, layer, measured, strict=True)]
-    covariance = statistics.covariance(fixed, layer) / len(rounds)
+    covariance = MEDIAN_ERROR**2 * statistics.covariance(fixed, layer) / len(rounds)
     latency = Latency(median(fixed), median(layer), covariance, {}, **conditions)
     off = median(error)
     latency.check.update(
@@ -175,9 +175,9 @@ def _fit(depths: Sequence[int], rounds: list[list[float]], conditions: dict[str,
 
 def off_text(check: dict[str, Any]) -> str:
     """Say how far the prediction is off at the depth that was not fitted."""
-    off = check["error_fraction"]["value"]
+    off, error = (100 * check["error_fraction"][part] for part in ("value", "se"))
     return (
-        f"at {check['num_layers']} layers, which were not fitted, the predicted time is {100 * abs(off):.1f} %"
+        f"at {check['num_layers']} layers, which were not fitted, the predicted time is {abs(off):.1f} ± {error:.1f} %"
         f" {'below' if off < 0 else 'above'} the measured one (allowed: {100 * CHECK_FRACTION:.0f} %)"
     )
 
@@ -194,9 +194,10 @@ def layers_to_remove(latency: Latency, target_ms: float, num_layers: int) -> int
         UserError: the parent is fast enough, 2 layers are too slow, or a layer takes no time that could be measured.
     """
     whole, least = latency.of(num_layers).value, latency.of(2).value
+    doubt = "" if latency.check["kept"] else f"; this is by a fit that is off: {off_text(latency.check)}"
     if whole <= target_ms:
         raise UserError(
-            f"the parent already needs {whole:.2f} ms a token, no more than the {target_ms:g} asked for"
+            f"the parent already needs {whole:.2f} ms a token, no more than the {target_ms:g} asked for{doubt}"
             " - nothing to remove - give a smaller --target-latency-ms"
         )
     if latency.layer_ms.value <= 0:
@@ -207,7 +208,7 @@ def layers_to_remove(latency: Latency, target_ms: float, num_layers: int) -> int
     if least > target_ms:
         reachable = math.ceil(100 * least) / 100
         raise UserError(
-            f"2 layers, the fewest that may stay, still need {least:.2f} ms a token of the parent's {whole:.2f}"
+            f"2 layers, the fewest that may stay, still need {least:.2f} ms a token of the parent's {whole:.2f}{doubt}"
             f" - allowed: --target-latency-ms {reachable:.2f} or more"
         )
     return next(n for n in range(1, num_layers - 1) if latency.of(num_layers - n).value <= target_ms)

@@ -25,10 +25,9 @@ from torch import Tensor
 
 from layerscalpel.data import Parts, TokenBlocks
 from layerscalpel.errors import UserError
-from layerscalpel.evaluate import exp_of
 from layerscalpel.hooks import head_logits, require_finite
 from layerscalpel.layers import Decoder
-from layerscalpel.losses import Measured, block_mean, log_probabilities, token_chunks, token_nll
+from layerscalpel.losses import Measured, block_mean, exp_of, log_probabilities, token_chunks, token_nll
 from layerscalpel.passes import pass_blocks
 from layerscalpel.progress import say
 

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerscalpel.student import student_quantile
+from layerscalpel.student import two_errors
 from layerscalpel.summary import MODELS, Results, measured
 
 Row = dict[str, Any]
-TWO_ERRORS = 0.02275
-"""How often chance alone gives more than two standard errors where there are many texts; with few it takes more."""
 
 
 def long_words(results: Results) -> dict[str, Any]:
@@ -87,7 +85,7 @@ def _growth(results: Results, name: str) -> dict[str, Any] | None:
 def _away(results: Results, effect: float, grown: dict[str, Any]) -> bool:
     """Tell whether an effect is above 0 by more than chance explains: Student's t over the texts."""
     texts = results["data"]["long"]["num_blocks"]
-    return grown["se"] is not None and effect > student_quantile(TWO_ERRORS, texts - 1) * grown["se"]
+    return grown["se"] is not None and effect > two_errors(texts - 1) * grown["se"]
 
 
 def _texts(results: Results, bins: list[Row]) -> str:

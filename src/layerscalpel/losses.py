@@ -6,6 +6,7 @@ Dimensions: B blocks, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,8 +14,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812, the name everybody knows it by
 from torch import Tensor
 
+from layerscalpel.errors import UserError
+
 LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30, "mps": 256 << 20}
 """Float32 logits held at once: what a CPU's cache holds, or what fills a GPU."""
+MOST_NATS = math.log(sys.float_info.max)
+"""Exp of more is no float."""
 
 
 def log_probabilities(logits_BTV: Tensor) -> Tensor:
@@ -86,3 +91,18 @@ def block_mean(per_block: Tensor, tokens_per_block: Tensor) -> Measured:
     residuals = weights / weights.mean() * (values - mean)
     error = residuals.square().sum().div(count - 1).sqrt() / math.sqrt(count)
     return Measured(mean.item(), error.item(), int(weights.sum()))
+
+
+def exp_of(mean: Measured, what: str = "a perplexity") -> Measured:
+    """Return exp of a mean with its first-order error: a perplexity, or a ratio of two from the mean difference.
+
+    Raises:
+        UserError: it is no finite number; `what` begins the message.
+    """
+    value = math.exp(mean.value) if mean.value < MOST_NATS else math.inf
+    error = value * mean.se
+    if math.isinf(value) or math.isinf(error):
+        raise UserError(
+            f"{what} is exp of {mean.value:.3g} nats, no finite number: the model is ruined - measure another"
+        )
+    return Measured(value, error, mean.n)

@@ -12,6 +12,7 @@ Dimensions: I items, K models, U kinds of items, S draws, R = 1 + S rows: the me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +45,14 @@ class Difference:
     """Items."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for results.json."""
-        return dict(vars(self))
+        """Return plain values for results.json; the error of a single item is unknown, null."""
+        return {**vars(self), "se": None if math.isnan(self.se) else self.se}
 
 
 def drawn_means(models: Sequence[Tensor], *, seed: Sequence[int]) -> Floats:
     """Return the mean over items of every model [R, K], as measured and of each draw.
+
+    A single item has no spread to draw from: its draws are NaN, and so is each error that rests on them.
 
     Args:
         models: one value an item [I] of each model, the items in one order.
@@ -67,7 +70,10 @@ def drawn_means(models: Sequence[Tensor], *, seed: Sequence[int]) -> Floats:
         # model by model, so that equal models have means equal to the last bit
         means.append(np.stack([drawn_RU @ np.ascontiguousarray(kind_U) for kind_U in kinds_UK.T], axis=1))
         counts = []
-    return np.concatenate(means) / num_items
+    means_RK = np.concatenate(means) / num_items
+    if num_items < 2:
+        means_RK[1:] = np.nan
+    return means_RK
 
 
 def ratio_above(parent_R: Floats, child_R: Floats, floor: float) -> Floats:
@@ -90,7 +96,7 @@ def difference_of(first_R: Floats, second_R: Floats, num_items: int) -> Differen
     """Return the first figure less the second, with its error and p-value."""
     less_R = first_R - second_R
     drawn_S = less_R[1:]
-    beyond = min((drawn_S <= 0).sum(), (drawn_S >= 0).sum())
+    beyond = min((~(drawn_S > 0)).sum(), (~(drawn_S < 0)).sum())  # NaN is on neither side
     p_value = min(1.0, 2 * float(1 + beyond) / (1 + len(drawn_S)))
     return Difference(float(less_R[0]), _half_width(drawn_S), p_value, num_items)
 

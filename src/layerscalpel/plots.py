@@ -26,7 +26,7 @@ from layerscalpel.healwords import loss_unit, objective_words, phases_of, total_
 INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
 QUIET, MARK, OTHER_MODEL = "#8a8f98", "#d2603f", "#9a6fb8"
-MODELS = {"parent": "#8a8f98", "cut": "#bd8a2e", "stitched": "#4a86c5", "healed": "#3f8f86"}
+MODELS = {"parent": "#8a8f98", "cut": "#bd8a2e", "stitched": "#4a86c5", "healed": "#3f8f86", "quantized": "#8a5fb0"}
 """Middle tones: a contrast of 2.9 or more to the page, light and dark."""
 PAGE = 6.6
 """Width of a figure that fills the page, in inches."""

@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+import tqdm.std
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -39,6 +40,17 @@ def readable(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep bars off the terminal that a library draws whatever its environment says."""
+    draw = tqdm.std.tqdm.__init__
+    tqdm.std.tqdm.__init__ = lambda *items, **options: draw(*items, **(options | {"disable": True}))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        tqdm.std.tqdm.__init__ = draw  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own progress bars and advice off the terminal while we load or save."""
     accelerate = logging.getLogger("accelerate.big_modeling")  # tells of every parameter left on disk
@@ -48,7 +60,7 @@ def quiet_transformers() -> Iterator[None]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_bars():
             warnings.simplefilter("ignore")
             yield
     finally:

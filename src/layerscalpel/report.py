@@ -28,7 +28,7 @@ def render_report(results: Results, config: dict[str, Any], provenance: dict[str
 
 def _figures(results: Results) -> dict[str, str]:
     """Return every figure that the results allow, as SVG text."""
-    kept, along = retention_rows(results), by_position(results)
+    kept, along = [row for row in retention_rows(results) if any(row["kept"].values())], by_position(results)
     search, runs = results.get("search", {}), [(run.start, run.stop) for run in removed_segments(results)]
     drawings = {
         "kl_curve": (search.get("scores"), lambda: searchplots.kl_curve(search, runs)),

@@ -18,7 +18,7 @@ Dimensions: I items, R rows: the measured value, and that of each draw.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,6 @@ class Retentions:
     tasks: dict[str, TaskRetention]
     left_out: dict[str, str]
     """Tasks that have no retention, with the reason."""
-    warnings: tuple[str, ...]
-    """What makes these figures misleading, one sentence each."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for results.json; what is None is absent."""
@@ -69,7 +67,7 @@ class Retentions:
             known = {"counts": task.adjusted is not None, "at_chance": task.chance is not None and task.child_guesses}
             tasks[name] = known | _present(plain_fraction=task.plain, adjusted_fraction=task.adjusted)
         found = _present(plain_fraction=self.plain, adjusted_fraction=self.adjusted)
-        return found | {"by_task": tasks, "left_out": self.left_out, "warnings": list(self.warnings)}
+        return found | {"by_task": tasks, "left_out": self.left_out}
 
 
 def retentions(parent: Tasks, child: Tasks, *, seed: int = 0) -> Retentions:
@@ -95,8 +93,7 @@ def retentions(parent: Tasks, child: Tasks, *, seed: int = 0) -> Retentions:
         scores = [figure(own.metric, result.values[own.metric]) for result in (own, other)]
         guesses = not above_chance(scores[1], own.chance)
         tasks[name] = TaskRetention(own.metric, own.chance, scores[0], scores[1], ratios[0], ratios[1], guesses)
-    warnings = tuple(_warnings(plain.measured(), tasks))
-    return Retentions(plain.measured(), adjusted.measured(), tasks, left_out, warnings)
+    return Retentions(plain.measured(), adjusted.measured(), tasks, left_out)
 
 
 def compare_children(
@@ -200,34 +197,6 @@ def _drawn(name: str, results: Sequence[TaskResult], seed: int) -> Floats:
         order = sorted(range(len(result.ids)), key=result.ids.__getitem__)
         values.append(result.values[results[0].metric][order])
     return drawn_means(values, seed=(seed, zlib.crc32(name.encode())))
-
-
-def _warnings(plain: Measured | None, tasks: Mapping[str, TaskRetention]) -> Iterator[str]:
-    """Yield what makes retentions misleading."""
-    if plain and plain.value > 1:
-        risen = [f"{name} rose from {_rose(task)}" for name, task in tasks.items() if _is_more(task)]
-        why = f": {', '.join(risen)}" if risen else ""
-        yield f"plain retention is {100 * plain.value:.1f} ± {100 * plain.se:.1f} %, above 100 %{why}"
-    for name, task in tasks.items():
-        if task.chance is None:
-            yield f"{name} does not count in the adjusted retention: its score by guessing is not known"
-        elif task.adjusted is None:
-            yield f"{name} does not count in the adjusted retention: the parent guesses, {_near(task.parent, task)}"
-        if task.chance is not None and task.child_guesses:
-            yield f"{name} is at chance, {_near(task.child, task)}"
-
-
-def _is_more(task: TaskRetention) -> bool:
-    return task.plain is not None and task.plain.value > 1
-
-
-def _rose(task: TaskRetention) -> str:
-    told = f"{100 * task.parent.value:.1f} to {100 * task.child.value:.1f} %"
-    return f"{told} where guessing gives {100 * task.chance:.1f} %" if task.chance else told
-
-
-def _near(found: Measured, task: TaskRetention) -> str:
-    return f"{100 * found.value:.1f} ± {100 * found.se:.1f} % where guessing gives {100 * (task.chance or 0):.1f} %"
 
 
 def _present(**items: Measured | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The whole path on one page: search, cut, stitch, heal, evaluate, benchmark, report.
+"""The whole path on one page: search, cut, stitch, heal, quantize, evaluate, benchmark, report.
 
-Each line of `run` is one stage of stages.py, done in its own folder of the run directory. A finished stage is not run
-again; models pass between stages as checkpoints, so any stage can be redone alone.
+Each line of `run` is one stage (stages.py, quantizing.py, measuring.py), done in its own folder of the run directory. A
+finished stage is not run again; models pass between stages as checkpoints, so any stage can be redone alone.
 
 Under a launcher all processes search and heal together; rank 0 alone does the rest, and writes.
 
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layerscalpel import parallel, stages
+from layerscalpel import measuring, parallel, quantizing, stages
 from layerscalpel.checks import check_before_loading
 from layerscalpel.errors import UserError
 from layerscalpel.progress import say, set_quiet
@@ -58,8 +58,9 @@ def run(
             "cut": partial(stages.cut, bench, segments),
             "stitch": partial(stages.stitch, bench, segments),
             "heal": together(bench, "heal", segments),
-            "evaluate": partial(stages.evaluate, bench),
-            "benchmark": partial(stages.benchmark, bench, segments),
+            "quantize": partial(quantizing.quantize, bench, segments),
+            "evaluate": partial(measuring.evaluate, bench, segments),
+            "benchmark": partial(measuring.benchmark, bench, segments),
         }
         for name in [stage for stage in wanted if stage in steps]:
             folder.stage(name, steps[name])

@@ -5,13 +5,13 @@ fingerprint is not run again; one with another fingerprint is an error, unless t
 no torch, so a finished run prints its table at once.
 
     runs/<name>/  config.yaml provenance.json events.jsonl results.json report.html README.md
-                  search/ cut/model/ stitch/ heal/model/ evaluate/ benchmark/ report/  each with done.json, written last
+                  search/ cut/model/ stitch/ heal/model/ quantize/model/ evaluate/ benchmark/ report/
+                  each of these with done.json, written last
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -24,27 +24,15 @@ from typing import Any
 import yaml
 
 from layerscalpel import aside
-from layerscalpel.config import YamlLoader, to_dict
+from layerscalpel.config import to_dict
 from layerscalpel.errors import UserError
-from layerscalpel.records import sources_in
+from layerscalpel.fingerprint import STAGES, changed_settings, fingerprints, made_with
 from layerscalpel.settings import Config
 
-STAGES: dict[str, tuple[str, ...]] = {
-    "search": ("model", "target", "data", "search", "seed"),
-    "cut": ("cut",),
-    "stitch": ("stitch",),
-    "heal": ("heal", "healing text"),
-    "evaluate": ("evaluate",),
-    "benchmark": ("benchmark",),
-    "report": (),
-}
-"""Stages in order, and the settings that each adds to what the ones before it depend on."""
-HEALING_TEXT = ("healing", "healing_blocks", "healing_block_tokens", "validation_fraction", "answers", "answer_tokens")
-"""Settings of the section data that healing alone reads: its text is drawn after all other."""
 KEYED = ("heal", "evaluate")
 """Stages that find out themselves what of an interrupted attempt with other settings they can go on with."""
-ELSEWHERE = {"model": ("device", "offload"), "search": ("device_gib", "stream_gib"), "heal": ("shard",)}
-"""Settings that say where a run computes; another machine may go on with it."""
+SKIPPED: dict[str, Any] = {"skipped": True}
+"""The result of a stage that is switched off."""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -71,46 +59,16 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def file_identity(name: str) -> str:
-    """Return what tells one version of an input file or checkpoint folder from another; a bare name stays a name."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        parts = [f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in sorted(path.glob("*")) if p.is_file()]
-        return f"{path.resolve()}|{'|'.join(parts)}"
-    if path.is_file() and path.suffix == ".gguf":
-        return f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}"
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    return name
+def read_done(path: Path) -> dict[str, Any]:
+    """Read the done.json of a stage.
 
-
-def fingerprints(config: Config) -> dict[str, str]:
-    """Return {stage: hash} of the settings and inputs that decide each stage's result."""
-    settings = to_dict(config)
-    for section, names in ELSEWHERE.items():
-        settings[section] = {key: value for key, value in settings[section].items() if key not in names}
-    names = [name for name, _ in sources_in(config.data.healing)]
-    settings["healing text"] = {name: settings["data"].pop(name) for name in HEALING_TEXT}
-    settings["healing text"]["files"] = [file_identity(name) for name in names]
-    settings["evaluate"]["task files"] = [file_identity(name) for name in config.evaluate.tasks.split(",")]
-    held_out = [name for name, _ in sources_in(config.data.evaluation)]
-    inputs = [file_identity(name) for name in (config.model.name, config.data.calibration, *held_out)]
-    chain, result = json.dumps(inputs), {}
-    for stage, sections in STAGES.items():
-        before = result["heal"] if stage == "benchmark" else chain  # it does not depend on evaluate
-        sections = (*sections, *(_read_by_search(config) if stage == "search" else ()))
-        chain = hashlib.sha256((before + json.dumps([settings[name] for name in sections])).encode()).hexdigest()
-        result[stage] = chain
-    result["report"] = hashlib.sha256((result["evaluate"] + result["benchmark"]).encode()).hexdigest()
-    return result
-
-
-def _read_by_search(config: Config) -> tuple[str, ...]:
-    """Return the sections of later stages that this search reads too."""
-    if config.target.segment is not None:
-        return ()
-    pilots, times = config.search.method == "pilot", config.target.latency_ms is not None
-    return (STAGES["heal"] if pilots else ()) + (("benchmark",) if times else ())
+    Raises:
+        UserError: it is not there or damaged.
+    """
+    content = read_json(path)
+    if not isinstance(content.get("fingerprint"), str) or not isinstance(content.get("result"), dict):
+        raise UserError(f"{path} is damaged: it lacks the result - remove the file, and its stage is done again")
+    return content
 
 
 class RunDir:
@@ -170,17 +128,18 @@ class RunDir:
         other = next((s for s in kept if (d := self.done(s)) and d["fingerprint"] != self.fingerprints[s]), None)
         if other is None:
             return
-        before = yaml.load((self.path / "config.yaml").read_text(encoding="utf-8"), YamlLoader)
-        changed = differences(before, to_dict(self.config)) or ["the input files themselves"]
+        changed = changed_settings(other, made_with(self.path), self.config)
+        command = f"scalpel run {self.config.model.name} {'...' if changed else f'--recipe {self.path}/config.yaml'}"
+        why = f"with other settings: {'; '.join(changed)}" if changed else "of input files that have changed since"
         raise UserError(
-            f"folder {self.path} was made with other settings: {'; '.join(changed)}"
-            f" - choose another --out, or redo what follows with --redo {other}"
+            f"folder {self.path} was made {why} - choose another --out, or do its stage {other} and what follows again:"
+            f" {command} --out {self.path} --redo {other}"
         )
 
     def done(self, stage: str) -> dict[str, Any] | None:
         """Return a finished stage's done.json, or None."""
         path = self.path / stage / "done.json"
-        return read_json(path) if path.exists() else None
+        return read_done(path) if path.exists() else None
 
     def stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """Return the stage's result, from its folder if it is finished, else by doing the work there.
@@ -231,7 +190,7 @@ class RunDir:
 
 def collect(path: Path) -> dict[str, Any]:
     """Merge the finished stages of a run directory into the form of results.json; absent stages are absent."""
-    stages = {s: read_json(path / s / "done.json")["result"] for s in STAGES if (path / s / "done.json").exists()}
+    stages = {s: read_done(path / s / "done.json")["result"] for s in STAGES if (path / s / "done.json").exists()}
     stages.pop("report", None)
     data = {part: found for result in stages.values() for part, found in result.pop("data", {}).items()}
     found = stages.get("search", {})
@@ -249,7 +208,7 @@ def finished_results(path: str | Path, config: Config, until: str | None, redo: 
         return None
     expected = fingerprints(config)
     try:
-        if any(read_json(path / stage / "done.json")["fingerprint"] != expected[stage] for stage in wanted):
+        if any(read_done(path / stage / "done.json")["fingerprint"] != expected[stage] for stage in wanted):
             return None
         return read_json(path / "results.json")
     except UserError:
@@ -279,18 +238,6 @@ def stages_from(first: str) -> list[str]:
     """Return `first` and the stages that depend on it."""
     names = list(STAGES)
     return [first, "report"] if first == "evaluate" else names[names.index(first) :]
-
-
-def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return `key: old -> new` of all settings that differ."""
-    found = []
-    for key in dict.fromkeys([*before, *after]):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key}: {old} -> {new}")
-    return found
 
 
 def software() -> dict[str, str]:

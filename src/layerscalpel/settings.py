@@ -23,6 +23,8 @@ ProofName = Literal["auto", "memory", "parts", "none"]
 OffloadName = Literal["none", "cpu", "disk"]
 EngineName = Literal["vllm", "llama.cpp"]
 AnswersName = Literal["given", "greedy", "sampled"]
+QuantizeName = Literal["none", "gptq", "rtn"]
+BesideName = Literal["parent_same", "parent8", "parent4", "healed8", "quantized_first"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -48,10 +50,13 @@ class ModelSettings:
     """Run code that comes with the checkpoint; without it such a model is refused."""
     allow_pickle: bool = False
     """Accept weights in .bin files, of which torch loads the tensors only; without it they are refused."""
+    packed: bool = False
+    """Keep the weights of a compressed-tensors parent packed and unpack them at each use: less memory, more time."""
 
     def permissions(self) -> dict[str, bool]:
         """Return what the checkpoint may do."""
-        return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
+        allowed = {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
+        return allowed | {"allow_quantised": True}
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class TargetSettings:
     """Remove as many layers as the KL to the parent, in nats per token before healing, allows."""
     params: str | None = None
     """Remove as few layers as leave at most so many parameters, as 90M or 6.7B."""
-    latency_ms: float | None = bounded(None, 0.0)
+    latency_ms: float | None = bounded(None, 0.001)
     """Remove as few layers as bring a generated token to so many milliseconds on this machine."""
 
 
@@ -227,6 +232,34 @@ class HealSettings:
 
 
 @dataclass(frozen=True)
+class QuantizeSettings:
+    """Fewer bits a weight, after healing."""
+
+    method: QuantizeName = "none"
+    """How the linear layers of the final model are quantised; `scalpel methods` lists the ways."""
+    bits: Literal[3, 4, 8] = 4
+    """Bits of a quantised weight."""
+    group_size: Literal[0, 16, 32, 64, 128, 256] = 0
+    """Weights of a row that share a scale; 0 takes the largest of 128, 64, 32 that divides every linear's input."""
+    symmetric: bool = True
+    """Whether zero lies in the middle of each group's grid; otherwise each group has its own zero."""
+    act_order: bool = True
+    """Whether gptq begins with the columns that see the largest inputs."""
+    damping: tuple[float, ...] = bounded((0.01, 0.05, 0.1), 1e-6, 1.0)
+    """What gptq adds to its Hessian, as a share of the mean diagonal; of several the lowest held-out KL wins."""
+    head: Literal["keep", "quantize"] = "keep"
+    """Whether the output embedding is quantised too; the input embedding never is."""
+    seam_bits: Literal[0, 8, 16] = 0
+    """Bits of the two layers that meet at the seam: 0 as the rest, 16 leaves them as they are."""
+    num_blocks: int = bounded(64, 1)
+    """Blocks of the calibration text that gptq reads, at most."""
+    beside: tuple[BesideName, ...] = ()
+    """Other ways to be small, made and measured beside: parent_same, parent8, parent4, healed8, quantized_first."""
+    keep_beside: bool = False
+    """Keep the checkpoints of what was measured beside; otherwise their figures alone stay."""
+
+
+@dataclass(frozen=True)
 class EvaluateSettings:
     """Figures on held-out text."""
 
@@ -278,6 +311,8 @@ class BenchmarkSettings:
     """Fit the milliseconds of a generated token to the number of layers; a target in milliseconds does so anyway."""
     engines: tuple[EngineName, ...] = ()
     """Inference engines that time the checkpoints too, where they are installed: vllm, llama.cpp."""
+    engine_python: str = ""
+    """The Python that these engines are installed in, where it is another, as /envs/vllm/bin/python."""
 
 
 @dataclass(frozen=True)
@@ -291,6 +326,7 @@ class Config:
     cut: CutSettings = CutSettings()
     stitch: StitchSettings = StitchSettings()
     heal: HealSettings = HealSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
     seed: int = bounded(0, 0, 2**31 - 1)

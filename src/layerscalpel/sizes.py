@@ -18,6 +18,7 @@ from torch import nn
 
 from layerscalpel.errors import UserError
 from layerscalpel.layers import Decoder
+from layerscalpel.packedlinear import packed_parameters
 
 FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -39,7 +40,7 @@ def layer_parameters(decoder: Decoder) -> list[int]:
     """Return how many parameters go away with each layer; what another part of the model holds too does not."""
     holders = _holders(decoder.model)
     return [
-        sum(p.numel() for p in layer.parameters() if inside[id(p)] == holders[id(p)])
+        sum(p.numel() for p in layer.parameters() if inside[id(p)] == holders[id(p)]) + packed_parameters(layer)
         for layer, inside in ((layer, _holders(layer)) for layer in decoder.layers)
     ]
 

@@ -6,6 +6,7 @@ found["healed"]["disk_bytes"], found["speedup"]["decode"]
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from layerscalpel.benchmark import benchmark, jobs_of, longest_text
-from layerscalpel.decoder import Loaded, weight_bytes
+from layerscalpel.decoder import Loaded, stored_bytes
 from layerscalpel.engines import measure_engines
 from layerscalpel.errors import UserError
 from layerscalpel.footprint import bytes_on_disk
@@ -42,7 +43,7 @@ def measure_speed(models: Mapping[str, Loaded], settings: BenchmarkSettings, *, 
     found = benchmark({name: loaded.model for name, loaded in models.items()}, settings, seed=seed)
     places = {name: _place(loaded.origin) for name, loaded in models.items()}
     for name, loaded in models.items():
-        found[name] |= {"bytes": weight_bytes(loaded.model, loaded.origin.dtype)}
+        found[name] |= {"bytes": stored_bytes(loaded.model, loaded.origin)}
         found[name] |= {"disk_bytes": bytes_on_disk(places[name])}
     first = next(iter(models.values()))
     if settings.latency:
@@ -50,7 +51,8 @@ def measure_speed(models: Mapping[str, Loaded], settings: BenchmarkSettings, *, 
     if settings.engines:
         job = jobs_of(settings)[0]
         prompt_BT = random_prompt(first.model, job, seed)
-        found["engines"] = measure_engines(settings.engines, places, prompt_BT, job, repeats=settings.repeats)
+        how = {"repeats": settings.repeats, "python": settings.engine_python or sys.executable}
+        found["engines"] = measure_engines(settings.engines, places, prompt_BT, job, **how)
     return found
 
 

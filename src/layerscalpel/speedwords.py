@@ -8,25 +8,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-SPREAD = 2
-"""Standard errors over rounds that count as the spread of a ratio."""
+from layerscalpel.student import two_errors
+
 KINDS = ("prefill", "decode")
 
 
 def tells(ratio: Mapping[str, Any]) -> bool:
     """Whether a measured ratio lies further from 1 than its spread reaches; that of a single round is not known."""
     error = ratio.get("se")
-    return error is not None and abs(ratio["value"] - 1) > SPREAD * error
+    return error is not None and abs(ratio["value"] - 1) > _errors(ratio) * error
+
+
+def _errors(ratio: Mapping[str, Any]) -> float:
+    """Return how many standard errors are its spread: Student's t over the rounds, of each run where seeds are one."""
+    return two_errors(ratio["n"] // ratio.get("num_seeds", 1) - 1)
 
 
 def no_difference(ratio: Mapping[str, Any]) -> str:
     """Say why a ratio is not printed."""
     if ratio.get("se") is None:
         return "no difference can be told: one round has no spread"
-    spread, effect = SPREAD * ratio["se"], abs(ratio["value"] - 1)
+    errors, effect = _errors(ratio), abs(ratio["value"] - 1)
     return (
-        f"no difference can be told: over {ratio['n']} rounds the ratio spreads by {spread:.2g} (two standard errors)"
-        f" and is {effect:.2g} away from 1"
+        f"no difference can be told: over {ratio['n']} rounds the ratio spreads by {errors * ratio['se']:.2g}"
+        f" ({errors:.2g} standard errors) and is {effect:.2g} away from 1"
     )
 
 
@@ -41,6 +46,7 @@ def speed_lines(found: Mapping[str, Any]) -> list[str]:
     lines += [_size(name, item, found) for name, item in models_in(found) if "peak_memory_bytes" in item]
     if "counted" in found:
         lines.append(f"peak: {found['counted']['peak_memory_bytes']}")
+    lines += [f"{name} was not timed: {why}" for name, why in found.get("not_timed", {}).items()]
     return lines + list(_latency(found.get("latency"))) + list(_engines(found.get("engines", {})))
 
 
@@ -106,10 +112,10 @@ def _size(name: str, item: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 def _latency(fit: Mapping[str, Any] | None) -> Iterator[str]:
     if fit and "refused" not in fit:
-        off = fit["check"]["error_fraction"]["value"]
+        off, error = (100 * fit["check"]["error_fraction"][part] for part in ("value", "se"))
         yield (
             f"a token takes {_plain(fit['fixed_ms'])} ms and {_plain(fit['layer_ms'])} ms a layer; at"
-            f" {fit['check']['num_layers']} layers, which were not fitted, that is {100 * abs(off):.1f} %"
+            f" {fit['check']['num_layers']} layers, which were not fitted, that is {abs(off):.1f} ± {error:.1f} %"
             f" {'below' if off < 0 else 'above'} what was measured"
         )
 

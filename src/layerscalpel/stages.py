@@ -19,37 +19,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerscalpel import evaluate as quality
 from layerscalpel import parallel
-from layerscalpel.byblock import by_block, save_blocks, token_identity
 from layerscalpel.card import model_card
 from layerscalpel.carried import carry_files
 from layerscalpel.checkpoint import cut_checkpoint
 from layerscalpel.config import to_dict
-from layerscalpel.decoder import Loaded, choose_device, num_parameters, save_decoder, weight_bytes
-from layerscalpel.distances import distances
+from layerscalpel.decoder import Loaded, choose_device, num_parameters, save_decoder, stored_bytes
 from layerscalpel.errors import DivergedError
 from layerscalpel.heal import heal_model
 from layerscalpel.history import forget_parent
-from layerscalpel.layers import Decoder
 from layerscalpel.objectives import asks_parent
+from layerscalpel.offload import LayerFeed
 from layerscalpel.origin import DTYPES, Origin, checkpoint_folder, peek
-from layerscalpel.overlap import overlaps
 from layerscalpel.places import spares_device
 from layerscalpel.progress import say
-from layerscalpel.retention import retentions
+from layerscalpel.rundir import SKIPPED
 from layerscalpel.search import SEARCHES
 from layerscalpel.segment import Segment, seams_of
-from layerscalpel.speed import measure_speed
+from layerscalpel.shards import read_weights
 from layerscalpel.stitch import stitch_model
+from layerscalpel.store import StreamStore
 from layerscalpel.targets import aim, best_of_rates, given_segment, surface
-from layerscalpel.task import Task, first_sound
+from layerscalpel.task import Pilots, Task, first_sound
 from layerscalpel.tworuns import better_of_one_and_two
 from layerscalpel.verdict import BEGUN_WITH, keep_better, keep_good, measured_before, save_healed
 from layerscalpel.workbench import Workbench
-from layerscalpel.writing import probe
-
-SKIPPED: dict[str, Any] = {"skipped": True}
 
 
 def search(bench: Workbench, _folder: Path) -> dict[str, Any]:
@@ -59,7 +53,7 @@ def search(bench: Workbench, _folder: Path) -> dict[str, Any]:
         "name": config.model.name,
         "num_layers": len(bench.decoder),
         "parameters": num_parameters(parent.model),
-        "bytes": weight_bytes(parent.model, parent.origin.dtype),
+        "bytes": stored_bytes(parent.model, parent.origin),
         "dtype": parent.origin.dtype,
     }
     if parent.origin.file_bytes:
@@ -76,7 +70,7 @@ def search(bench: Workbench, _folder: Path) -> dict[str, Any]:
 def find_segments(bench: Workbench, tokens: Tensor) -> dict[str, Any]:
     """Return what the search of a run found, as plain values."""
     config = bench.config
-    base = Task(bench.decoder, tokens, 0, config.search, config.seed, bench.why_not, bench.store, pilots=bench.pilots())
+    base = Task(bench.decoder, tokens, 0, config.search, config.seed, bench.why_not, bench.store, pilots=_pilots(bench))
     task, target = aim(base, config.target, config.benchmark)
     result = first_sound(SEARCHES[config.search.method].find(task), task)
     for start, reason in result.details.get("refused", {}).items():
@@ -89,13 +83,30 @@ def find_segments(bench: Workbench, tokens: Tensor) -> dict[str, Any]:
     if parallel.world() > 1:
         found["processes"] = parallel.world()
     if bench.decoder.resident is not None:
-        found["offload"] = bench.offload_facts()
+        found["offload"] = _offload_facts(bench)
     return found
+
+
+def _pilots(bench: Workbench) -> Pilots | None:
+    """Return what a search that heals its candidates needs."""
+    parts = bench.parts
+    if bench.config.search.method != "pilot" or parts.healing is None or parts.validation is None:
+        return None
+    return Pilots(parts.healing, parts.validation, bench.config.heal, bench.path / "search")
+
+
+def _offload_facts(bench: Workbench) -> dict[str, Any]:
+    """Return how an offloaded search went, as plain values."""
+    feed, store, where = bench.decoder.resident, bench.store, bench.config.model.offload
+    assert isinstance(feed, LayerFeed)
+    assert isinstance(store, StreamStore)
+    return {"keep": where, "passes": feed.num_passes, "pass_bytes": feed.num_bytes, "file_bytes": store.file_peak}
 
 
 def cut(bench: Workbench, segments: Sequence[Segment], folder: Path) -> dict[str, Any]:
     """Remove the segments, one after the other, the last one first; save each checkpoint and prove it."""
-    origin, steps, loaded = bench.origin, [], bench.config.model.offload == "none"
+    origin, steps = bench.origin, []
+    loaded = bench.config.model.offload == "none" and not origin.quantised  # its proof asks the library's own forward
     for left in folder.glob("step-*"):  # by a call that was interrupted
         shutil.rmtree(left)
     for number, segment in enumerate(reversed(segments), start=1):
@@ -134,7 +145,7 @@ def _save(model: Any, parent: Loaded, folder: Path) -> dict[str, int]:
 
 
 def _sizes(model: Any, parent: Loaded) -> dict[str, int]:
-    return {"parameters": num_parameters(model), "bytes": weight_bytes(model, parent.origin.dtype)}
+    return {"parameters": num_parameters(model), "bytes": stored_bytes(model, parent.origin)}
 
 
 def stitch(bench: Workbench, segments: Sequence[Segment], folder: Path) -> dict[str, Any]:
@@ -173,56 +184,11 @@ def heal(bench: Workbench, segments: Sequence[Segment], folder: Path) -> dict[st
         sizes = _sizes(child.model, bench.parent)
         del child  # another of its size is loaded
         verdict = keep_better(bench, judge, result, before, folder / "model")
+        if bench.origin.quantised:
+            sizes["bytes"] = read_weights(folder / "model").num_bytes()
     summaries = {"healing": parts.healing.summary(), "validation": parts.validation.summary()}
     found = result.to_dict() | verdict | {"data": summaries} | sizes
     return found | ({"processes": team.size} if team.size > 1 else {})
-
-
-def evaluate(bench: Workbench, folder: Path) -> dict[str, Any]:
-    """Measure parent, cut and healed model on the same held-out blocks, and let each write."""
-    settings, blocks = bench.config.evaluate, bench.parts.evaluation
-    decoder, size = bench.decoder, settings.batch_size
-    final = quality.final_hidden(decoder, blocks.tokens, batch_size=size, label="parent", store=bench.store)
-    reference = quality.Reference(decoder, final)
-    measured: dict[str, Any] = {"data": {"evaluation": blocks.summary()}}
-    long, exam = bench.long_check(), bench.exam(folder)
-    text, tokenizer = measured["data"]["evaluation"]["sha256"], token_identity(bench.parent.tokenizer)
-    how: dict[str, Any] = {"num_tokens": settings.sample_tokens, "num_prompts": settings.sample_prompts}
-    how |= {"context": bench.origin.max_tokens, "seed": bench.config.seed}
-
-    def measure(name: str, model: Decoder, against: quality.Reference | None, stage: str | None = None) -> None:
-        hidden = final if model is decoder else None
-        found = quality.token_figures(model, blocks, against, hidden, batch_size=size, label=f"evaluating {name}")
-        save_blocks(folder, name, by_block(found, text=text, tokenizer=tokenizer))
-        measured[name] = distances(found, blocks.domains) | long.measure(name, model)
-        if model.resident is None:  # token by token from disk takes too long
-            measured[name] |= probe(model.model, bench.parent.tokenizer, label=f"samples of {name}", **how)
-        measured[name] |= exam.measure(name, model.model, bench.identity(stage))
-
-    measure("parent", decoder, None)
-    for stage, name in (("cut", "cut"), ("stitch", "stitched"), ("heal", "healed")):
-        if (bench.path / stage / "model").is_dir():
-            measure(name, bench.child(stage), reference, stage)
-    measured["data"] |= long.summary()
-    for name, results in exam.results.items():
-        if name != "parent":
-            measured[name]["retention"] = retentions(exam.results["parent"], results, seed=bench.config.seed).to_dict()
-    overlap = {"overlap": overlaps(exam.texts(), bench.parts.used)} if exam.results else {}
-    return measured | long.note() | exam.summary() | overlap
-
-
-def benchmark(bench: Workbench, segments: Sequence[Segment], _folder: Path) -> dict[str, Any]:
-    """Time the parent and the final model in turns."""
-    if not bench.config.benchmark.enabled:
-        return SKIPPED
-    final = bench.child_folder("heal", "stitch", "cut")
-    name = {"heal": "healed", "stitch": "stitched", "cut": "cut"}[final.parent.name]
-    models = {"parent": bench.parent, name: bench.load(str(final))}
-    if bench.decoder.resident is not None:
-        say("the parent does not fit into memory, so the cut model is timed alone")
-        del models["parent"]
-    ideal = segments[0].num_layers / (segments[0].num_layers - sum(map(len, segments)))
-    return measure_speed(models, bench.config.benchmark, seed=bench.config.seed) | {"ideal_speedup": ideal}
 
 
 def report(bench: Workbench, results: dict[str, Any], origin: dict[str, Any], _folder: Path) -> dict[str, Any]:
@@ -233,7 +199,7 @@ def report(bench: Workbench, results: dict[str, Any], origin: dict[str, Any], _f
     card = model_card(results, settings, origin)
     (bench.path / "report.html").write_text(render_report(results, settings, origin), encoding="utf-8")
     (bench.path / "README.md").write_text(card, encoding="utf-8")
-    (bench.child_folder("heal", "stitch", "cut") / "README.md").write_text(card, encoding="utf-8")
+    (bench.child_folder("quantize", "heal", "stitch", "cut") / "README.md").write_text(card, encoding="utf-8")
     return {}
 
 

@@ -1,6 +1,7 @@
 """Quantiles of Student's t, which torch does not have: bisection on the incomplete beta function.
 
 student_quantile(0.01, df=7)  # 2.998
+two_errors(4)  # 2.87, of an error that was found from five values
 """
 
 from __future__ import annotations
@@ -10,6 +11,14 @@ from functools import cache
 
 FRACTION_TERMS = 200
 """Of the continued fraction; enough for every digit of a float up to 10,000 blocks."""
+
+TWO_ERRORS = 0.02275
+"""How often chance alone gives more than two standard errors where there are many values; with few it takes more."""
+
+
+def two_errors(df: int) -> float:
+    """Return how many standard errors are as sure as two of many values, where the error has df degrees of freedom."""
+    return student_quantile(TWO_ERRORS, df) if df else math.inf
 
 
 @cache

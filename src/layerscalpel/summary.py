@@ -9,7 +9,9 @@ from typing import Any
 from layerscalpel.segment import Segment
 
 Results = dict[str, Any]
-MODELS = ("parent", "cut", "stitched", "healed", "model")
+MODELS = ("parent", "cut", "stitched", "healed", "quantized", "model")
+STAGE_OF = dict(zip(MODELS, ("parent", "cut", "stitch", "heal", "quantize", "model"), strict=True))
+"""{model: the part of the results that tells its size}."""
 MEASURES = ("kl_nats", "top1_agreement_fraction", "ppl", "ppl_ratio")
 
 
@@ -18,16 +20,22 @@ def summary_rows(results: Results) -> list[dict[str, Any]]:
 
     The measures are {value, se, n}, or None where they were not measured.
     """
-    sizes = {"parent": "parent", "cut": "cut", "stitched": "stitch", "healed": "heal", "model": "model"}
     evaluated = results.get("evaluate", {})
     rows = []
-    for name in MODELS:
-        size, figures = results.get(sizes[name], {}), evaluated.get(name, {})
-        if not figures and (name == "model" or "bytes" not in size):
+    for name, stage in STAGE_OF.items():
+        found, figures = results.get(stage, {}), evaluated.get(name, {})
+        if not figures and (name == "model" or "bytes" not in found):
             continue
-        row = {"model": name, "parameters": size.get("parameters"), "bytes": size.get("bytes")}
+        source = results.get(found.get("of"), results["parent"]) if name == "quantized" else found
+        row = {"model": name, "parameters": source.get("parameters"), "bytes": num_bytes(results, stage)}
         rows.append(row | {measure: figures.get(measure) for measure in MEASURES})
     return rows
+
+
+def num_bytes(results: Results, stage: str) -> int | None:
+    """Return a model's bytes: of its whole folder in a run that quantises, of its weights in others."""
+    folders = results.get("quantize", {}).get("folder_bytes", {})
+    return folders.get(stage, results.get(stage, {}).get("bytes"))
 
 
 def removed_segments(results: Results) -> list[Segment]:
@@ -47,12 +55,17 @@ def with_error(measured: dict[str, float] | None, digits: int = 3, percent: bool
 
 
 def measured(item: dict[str, Any] | None, scale: float = 1) -> str:
-    """Return `value ± error`, rounded to the error's first digit, or to two digits if the first is a 1."""
+    """Return `value ± error`, rounded to the error's first digit, or to two digits if the first is a 1.
+
+    Of a value of a million or more, as a ruined model's perplexity, three digits.
+    """
     if not item:
         return "–"
     value, error = scale * item["value"], scale * (math.nan if item.get("se") is None else item["se"])
     if error == 0 or not math.isfinite(value + error):
         return plain(value) if error == 0 else f"{plain(value)} ± unknown"
+    if abs(value) >= 1e6:
+        return f"{value:.3g} ± {error:.1g}"
     places = min(max((f"{error:e}"[0] == "1") - math.floor(math.log10(error)), 0), 6)
     return f"{value:,.{places}f} ± {error:,.{places}f}"
 

@@ -17,10 +17,11 @@ from typing import Any, get_args
 
 from layerscalpel.checks import check_before_loading
 from layerscalpel.errors import UserError, suggest
+from layerscalpel.fingerprint import STAGES
 from layerscalpel.gather import Group, Run, read_run
 from layerscalpel.progress import say
 from layerscalpel.run import run
-from layerscalpel.rundir import STAGES, finished_results, stages_until
+from layerscalpel.rundir import finished_results, stages_until
 from layerscalpel.segment import Segment
 from layerscalpel.settings import Config, SearchName, TargetSettings
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from layerscalpel.healwords import heal_line
 from layerscalpel.longwords import long_lines
+from layerscalpel.quantwords import quantize_lines
 from layerscalpel.racewords import race_line
 from layerscalpel.searchwords import pilot_rows, refused_text, two_runs_text
 from layerscalpel.segment import spoken
@@ -39,6 +40,8 @@ def print_results(results: dict[str, Any], out: Path, console: Console) -> None:
     for line in [*long_lines(results), *writing_warnings(results)]:
         console.print(escape(line), highlight=False)
     print_tasks(results, console)
+    for line in quantize_lines(results):
+        console.print(escape(line), highlight=False)
     _print_speed(results.get("benchmark", {}), console)
     _print_sample(results.get("evaluate", {}), console)
     page = out / "report.html"
@@ -144,7 +147,7 @@ def _print_speed(found: dict[str, Any], console: Console) -> None:
 
 
 def _print_sample(evaluated: dict[str, Any], console: Console) -> None:
-    final = next((name for name in ("healed", "stitched", "cut", "model") if name in evaluated), None)
+    final = next((name for name in ("quantized", "healed", "stitched", "cut", "model") if name in evaluated), None)
     for name in dict.fromkeys(("parent", final)):
         samples = evaluated.get(name, {}).get("samples") if name else None
         if samples:
@@ -182,7 +185,8 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         (f"{n} layers", f"can be cut at {len(sound)} of {total} places"),
     ]
     if found["quantised"]:
-        facts.append(("quantised", f"{found['quantised']}: can be cut at a given segment, not searched or healed"))
+        limit = f"cut at a given segment, not searched or healed: {found['quantised_limit']}"
+        facts.append(("quantised", f"{found['quantised']}: can be {limit if found['quantised_limit'] else 'healed'}"))
     if found["other_parts"]:
         facts.append(("carried along", f"{', '.join(found['other_parts'])} (unchanged; proofs are on text)"))
     return facts + [("refused", f"start {ranges(g['starts'])}: {g['reason']}") for g in found["refused_starts"]]

@@ -10,6 +10,7 @@ none               none
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def words_of(spec: str) -> list[str]:
     given = [part.strip() for part in spec.split(",")]
     if given == [NONE]:
         return []
-    if "" in given or NONE in given:
+    if {"", NONE, OFFLINE} & set(given):
         raise UserError(f"--tasks {spec} has a part without meaning - write names with commas, as --tasks piqa,boolq")
     sets = {"default": list(DEFAULT), "offline": [f"{OFFLINE}{name}" for name in PACKAGED]}
     words = [word for part in given for word in sets.get(part, [part])]
@@ -40,6 +41,11 @@ def words_of(spec: str) -> list[str]:
     if wrong := [word for word in words if word.startswith(OFFLINE) and word.removeprefix(OFFLINE) not in PACKAGED]:
         raise UserError(_not_packaged(wrong[0]))
     return words
+
+
+def names_files(word: str) -> bool:
+    """Tell whether a part of a --tasks is a place of definitions: no folder hides a task of its name."""
+    return os.sep in word or word.endswith((".yaml", ".yml"))
 
 
 def _not_packaged(word: str) -> str:

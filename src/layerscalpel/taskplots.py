@@ -20,7 +20,7 @@ def retention_bars(retentions: list[Row], tasks: list[Row]) -> str:
     """Draw both retentions of each child and, beside it, the adjusted one of every task that counts.
 
     Args:
-        retentions: as taskwords.retention_rows returns them.
+        retentions: those of taskwords.retention_rows that a task counts in.
         tasks: as taskwords.task_rows returns them.
     """
     counting = [row for row in tasks if row["counts"]]

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
-import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from layerscalpel.errors import UserError, one_line
+from layerscalpel.errors import UserError, kind_and_line, one_line
 from layerscalpel.offline import PACKAGED, exported
 from layerscalpel.progress import waiting
-from layerscalpel.tasknames import OFFLINE, known_name, packaged_names, words_of
+from layerscalpel.tasknames import OFFLINE, known_name, names_files, packaged_names, words_of
 
 INSTALL = "pip install 'layerscalpel[eval]'"
 UNSOUND = (
@@ -91,12 +90,14 @@ def quiet_harness() -> Iterator[None]:
     """Keep what the harness tells of its work off the terminal: we say it ourselves; its errors are raised."""
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+    from layerscalpel.quiet import without_bars  # the command line starts without transformers
+
     logger, bars = logging.getLogger("lm_eval"), is_progress_bar_enabled()
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # --json is alone on stdout
+        with contextlib.redirect_stdout(io.StringIO()), without_bars():
             yield
     finally:
         logger.setLevel(level)
@@ -136,7 +137,7 @@ def _loaded(word: str, packaged: Mapping[str, Path]) -> list[TaskSet]:
 
     if word.startswith(OFFLINE):
         return _sets(TaskManager(include_defaults=False), [str(packaged[word.removeprefix(OFFLINE)])], "offline")
-    if os.sep in word or word.endswith((".yaml", ".yml")):
+    if names_files(word):
         return _from_files(Path(word).expanduser())
     if word in (files := _files_of_tasks()):
         return _sets(TaskManager(include_defaults=False), [str(files[word])], "hub")
@@ -173,7 +174,7 @@ def _from_files(path: Path) -> list[TaskSet]:
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     specs = manager.all_subtasks if path.is_dir() else [defined.get(path, {}).get("group") or str(path)]
     if not specs:
-        raise UserError(f"the folder {path} defines no task - it needs YAML files with a line 'task: NAME'")
+        raise UserError(f"the folder {path} defines no task - it needs files *.yaml with a line 'task: NAME'")
     return _sets(manager, specs, "file")
 
 
@@ -217,8 +218,11 @@ def _with_data(manager: Any, spec: str) -> Any:
         raise _NoDataError(one_line(error)[:160]) from error
     except ImportError as error:
         raise UserError(f"the task {name} needs a package: {one_line(error)[:160]} - install it") from error
+    except StopIteration as error:  # of a file without lines
+        raise UserError(f"the task {name} has no items - check the file that holds its data") from error
     except (*UNSOUND, TemplateError) as error:
-        raise UserError(f"the task {name} cannot be loaded: {one_line(error)[:200]} - check its definition") from error
+        said = f"the task {name} cannot be loaded: {kind_and_line(error)[:200]}"
+        raise UserError(f"{said} - check its definition and its metrics") from error
 
 
 def _require_kind(name: str, task: Any) -> None:

@@ -13,10 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from layerscalpel.summary import Results, measured, with_error
-from layerscalpel.taskwords import overlap_text, retention_rows, task_models, task_rows, task_warnings
-
-GUESSED = " *"
-"""Behind a task that does not count in the adjusted retention."""
+from layerscalpel.taskwords import UNCOUNTED, overlap_text, retention_rows, task_models, task_rows, task_warnings
 
 
 def print_tasks(results: Results, console: Console) -> None:
@@ -32,17 +29,18 @@ def tasks_table(results: Results) -> Table:
     """Return one row a task, and one for each retention."""
     rows, models = task_rows(results), task_models(results)
     starred = any(row["counts"] is False for row in rows)
-    note = "; * does not count in the adjusted retention: the parent guesses, or chance is not known" if starred else ""
-    table = Table("task", title=f"scores in %, ± is one standard error over items{note}", box=box.SIMPLE_HEAD)
+    note = f"; {UNCOUNTED}" if starred else ""
+    table = Table(title=f"in %, ± is one standard error over items{note}", box=box.SIMPLE_HEAD)
     table.title_style, table.title_justify, table.collapse_padding, table.pad_edge = "dim", "left", True, False
-    for title in ("chance", *models):
-        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("task (metric)", overflow="fold")  # nothing is cut off where there is no room
+    table.add_column("chance", justify="right", no_wrap=True)
+    for title in models:
+        table.add_column(title, justify="right", overflow="fold")
     for row in rows:
-        name = f"{row['task']}{GUESSED if row['counts'] is False else ''}"
         scores = [_score(row["scores"][model], row["scale"]) for model in models]
-        table.add_row(escape(name), row["chance"].replace("–", "-"), *scores)
+        table.add_row(escape(row["name"]), row["chance"].replace("–", "-"), *scores)
     for row in retention_rows(results):
-        kept = [with_error(row["kept"].get(model), percent=True) if model in row["kept"] else "" for model in models]
+        kept = [_score(row["kept"][model], 100) if model in row["kept"] else "" for model in models]
         table.add_row(f"{row['name']}, {row['of']}", "", *kept)
     return table
 

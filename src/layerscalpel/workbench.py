@@ -28,25 +28,25 @@ from layerscalpel.errors import UserError
 from layerscalpel.exam import Exam, prepare_exam
 from layerscalpel.forms import Record
 from layerscalpel.forwards import moved
+from layerscalpel.inputs import file_identity
 from layerscalpel.judge import Judge
 from layerscalpel.layers import Decoder, device_of, num_layers_of
 from layerscalpel.longtext import LongCheck, prepare_check
 from layerscalpel.memory import free_bytes
-from layerscalpel.offload import LayerFeed, offloaded_decoder
+from layerscalpel.offload import offloaded_decoder
 from layerscalpel.origin import Origin, peek, read_config, skeleton
 from layerscalpel.places import Place, spares_device
 from layerscalpel.plan import plan_cut
 from layerscalpel.probe import find_layers
 from layerscalpel.progress import waiting
 from layerscalpel.records import SELF
-from layerscalpel.rundir import file_identity
+from layerscalpel.rundir import read_json
 from layerscalpel.search import uses_gate
 from layerscalpel.segment import Segment, segments_of
 from layerscalpel.selftext import sample_blocks
 from layerscalpel.settings import Config
 from layerscalpel.store import StreamStore
 from layerscalpel.streams import Removal
-from layerscalpel.task import Pilots
 
 PLACES = {"cpu": "in host memory", "disk": "on disk"}
 
@@ -100,7 +100,7 @@ class Workbench:
             stored = peek(name, **model.permissions()).dtype
             dtype, device = str(choose_dtype(dtype, choose_device(device), stored)).removeprefix("torch."), "cpu"
         with waiting(f"loading {name}"):
-            return load_decoder(name, device=device, dtype=dtype, **model.permissions())
+            return load_decoder(name, device=device, dtype=dtype, packed=model.packed, **model.permissions())
 
     @cached_property
     def origin(self) -> Origin:
@@ -171,12 +171,18 @@ class Workbench:
                 heal=heals,
                 answer=self.answer() if heals else None,
             )
-        if not sampled or (self.path / "stitch" / "done.json").exists():  # no later stage reads calibration text
+        if not sampled or not self._reads_calibration():
             return parts
         sizes = {"num_blocks": num_blocks, "block_tokens": self.config.data.block_tokens}
         model, tokenizer = self.parent.model, self.parent.tokenizer
         mine = None if parallel.rank() else sample_blocks(model, tokenizer, seed=self.config.seed, **sizes)
         return replace(parts, calibration=parallel.first_says(mine) if self.together else mine)
+
+    def _reads_calibration(self) -> bool:
+        """Tell whether a stage that is not finished reads calibration text."""
+        settings = self.config.quantize
+        last = "stitch" if settings.method == "none" else "evaluate" if settings.beside else "quantize"
+        return not (self.path / last / "done.json").exists()
 
     def long_check(self) -> LongCheck:
         """Draw the long texts of the run and return the check on them."""
@@ -199,8 +205,15 @@ class Workbench:
 
     def identity(self, stage: str | None = None) -> str:
         """Return what tells the checkpoint of a stage, or the parent, from another of that name; and its tokenizer."""
-        parent = file_identity(self.origin.place)
-        return parent if stage is None else f"{file_identity(str(self.path / stage / 'model'))}|{parent}"
+        return file_identity(self.origin.place) if stage is None else self.identity_of(self.path / stage / "model")
+
+    def identity_of(self, folder: Path) -> str:
+        """Return what tells a checkpoint made from the parent from another of that name; and its tokenizer."""
+        return f"{file_identity(str(folder))}|{file_identity(self.origin.place)}"
+
+    def result_of(self, stage: str) -> dict[str, Any]:
+        """Return what a finished stage found."""
+        return read_json(self.path / stage / "done.json")["result"]
 
     def judge(self) -> Judge:
         """Return what tells whether healing brought the cut model nearer to its parent."""
@@ -224,20 +237,6 @@ class Workbench:
             return parallel.first_says(mine) if self.together else mine
 
         return answer
-
-    def pilots(self) -> Pilots | None:
-        """Return what a search that heals its candidates needs."""
-        parts = self.parts
-        if self.config.search.method != "pilot" or parts.healing is None or parts.validation is None:
-            return None
-        return Pilots(parts.healing, parts.validation, self.config.heal, self.path / "search")
-
-    def offload_facts(self) -> dict[str, Any]:
-        """Return how an offloaded search went, as plain values."""
-        feed, store, where = self.decoder.resident, self.store, self.config.model.offload
-        assert isinstance(feed, LayerFeed)
-        assert isinstance(store, StreamStore)
-        return {"keep": where, "passes": feed.num_passes, "pass_bytes": feed.num_bytes, "file_bytes": store.file_peak}
 
     def child(self, *stages: str, in_host_memory: bool = False) -> Decoder:
         """Load the checkpoint of the first of these stages that wrote one."""

@@ -9,29 +9,32 @@ measured.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from layerscalpel import evaluate as quality
+from layerscalpel.alike import signatures_of
 from layerscalpel.byblock import BlockResult, by_block, save_blocks, token_identity
 from layerscalpel.card import shown_name
-from layerscalpel.config import build_config, recipe
 from layerscalpel.data import TokenBlocks, prepare_blocks
-from layerscalpel.decoder import Loaded, load_decoder, num_parameters, weight_bytes
+from layerscalpel.decoder import Loaded, choose_device, load_decoder, num_parameters, stored_bytes
 from layerscalpel.distances import distances
 from layerscalpel.errors import UserError
 from layerscalpel.exam import prepare_exam, require_tasks
+from layerscalpel.fingerprint import made_with
 from layerscalpel.gather import BASELINE, STAGE_OF, Group, Run
+from layerscalpel.inputs import file_identity, task_identities
 from layerscalpel.layers import Decoder
 from layerscalpel.losses import block_mean
 from layerscalpel.origin import peek
 from layerscalpel.probe import find_layers
 from layerscalpel.progress import say, waiting
 from layerscalpel.retention import retentions
-from layerscalpel.rundir import file_identity, read_json, write_json
+from layerscalpel.rundir import read_json, write_json
 from layerscalpel.settings import Config
 from layerscalpel.tasknames import words_of
 
@@ -44,7 +47,7 @@ class Yardstick:
 
     def __init__(self, name: str, run: Run) -> None:
         """Take a model's name and a run that says how models compute."""
-        self.name, self.model = name, settings_of(run).model
+        self.name, self.model = name, made_with(run.path).model
         self.origin = peek(name, **self.model.permissions())
         self._loaded: dict[str, Loaded] = {}
 
@@ -55,11 +58,6 @@ class Yardstick:
             with waiting(f"loading {name}"):
                 self._loaded[name] = load_decoder(name, **how)
         return self._loaded[name]
-
-
-def settings_of(run: Run) -> Config:
-    """Return the settings of a run."""
-    return build_config([recipe(run.path / "config.yaml")])
 
 
 def measure_baseline(name: str, groups: Sequence[Group], out: Path) -> tuple[Group, list[str]]:
@@ -78,7 +76,7 @@ def measure_baseline(name: str, groups: Sequence[Group], out: Path) -> tuple[Gro
     for run in (run for group in groups for run in group.runs.values() if run.parent == first.parent):
         runs.setdefault(run.seed, run)
     yardstick, found, notes = Yardstick(name, first), {}, []
-    require_tasks(settings_of(first).evaluate, yardstick.origin.max_tokens)
+    require_tasks(made_with(first.path).evaluate, yardstick.origin.max_tokens)
     short, earlier = shown_name(name), None
     for seed, run in sorted(runs.items()):
         folder = out / BASELINE / f"{Path(short).name}-seed{seed}"
@@ -95,12 +93,12 @@ def _size_notes(name: str, group: Group, run: Run) -> list[str]:
     other = run.results[STAGE_OF[run.models[-1]]]["parameters"]
     if abs(own / other - 1) <= LIKE:
         return []
-    return [f"{name} has {own / 1e6:,.1f} M parameters and {run.path} {other / 1e6:,.1f} M: the sizes are not the same"]
+    return [f"{name} has {own:,} parameters and {run.path} {other:,}: the sizes are not the same"]
 
 
 def _kept_or_measured(yardstick: Yardstick, run: Run, folder: Path, earlier: Path | None) -> dict[str, Any]:
-    key = [file_identity(yardstick.origin.place), run.text, run.parent[0], asdict(settings_of(run).evaluate)]
-    if (folder / "results.json").exists() and read_json(folder / "results.json").get("key") == _as_read(key):
+    key = key_of(yardstick, run)
+    if (folder / "results.json").exists() and read_json(folder / "results.json").get("key") == key:
         say(f"{folder} is finished")
         return read_json(folder / "results.json")
     loaded = yardstick.load(yardstick.name)
@@ -108,9 +106,9 @@ def _kept_or_measured(yardstick: Yardstick, run: Run, folder: Path, earlier: Pat
     exam_found, summary = _on_tasks(loaded, yardstick, run, folder / "evaluate", earlier)
     sizes = {"name": yardstick.name, "parameters": num_parameters(loaded.model)}
     results = {
-        "key": _as_read(key),
+        "key": key,
         "parent": run.results["parent"],
-        "model": sizes | {"bytes": weight_bytes(loaded.model, loaded.origin.dtype)},
+        "model": sizes | {"bytes": stored_bytes(loaded.model, loaded.origin)},
         "data": {"evaluation": {"sha256": run.text}},
         "evaluate": {BASELINE: found | exam_found, **summary},
         "notes": notes,
@@ -120,13 +118,18 @@ def _kept_or_measured(yardstick: Yardstick, run: Run, folder: Path, earlier: Pat
     return results
 
 
-def _as_read(key: list[Any]) -> list[Any]:
-    return [list(part) if isinstance(part, tuple) else part for part in key]
+def key_of(yardstick: Yardstick, run: Run) -> list[Any]:
+    """Return what a baseline's figures depend on, as JSON gives it back."""
+    config = made_with(run.path)
+    computes = replace(config.model, device=str(choose_device(config.model.device)))
+    models = [file_identity(name) for name in (yardstick.origin.place, run.parent[0])]
+    tasks = [task_identities(config.evaluate.tasks), signatures_of(run)]
+    return json.loads(json.dumps([models, run.text, asdict(computes), asdict(config.evaluate), tasks]))
 
 
 def _on_text(yardstick: Yardstick, run: Run, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the figures on held-out text, and what was left out."""
-    config, loaded, kept = settings_of(run), yardstick.load(yardstick.name), run.blocks("parent")
+    config, loaded, kept = made_with(run.path), yardstick.load(yardstick.name), run.blocks("parent")
     if kept is None:
         raise UserError(f"{run.path} has no figures by block - measure it anew: scalpel evaluate {run.path}")
     if token_identity(loaded.tokenizer) != kept.tokenizer:
@@ -178,7 +181,7 @@ def _on_tasks(
     loaded: Loaded, yardstick: Yardstick, run: Run, folder: Path, earlier: Path | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the scores with what they are of the parent's, and how they were measured."""
-    settings, parent = settings_of(run).evaluate, run.items("parent")
+    settings, parent = made_with(run.path).evaluate, run.items("parent")
     exam = prepare_exam(settings, loaded.tokenizer, folder, device=loaded.model.device, earlier=earlier)
     found = exam.measure(BASELINE, loaded.model, file_identity(yardstick.origin.place))
     if found and parent:
