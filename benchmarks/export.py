@@ -50,7 +50,7 @@ def reader(text: str, num_blocks: int) -> Opened:
     @functools.cache
     def opened(folder: Path) -> tuple[Asked, Reference]:
         loaded = load_origin(peek(str(folder)), dtype="float32")
-        asked = questions(loaded.tokenizer, text=text, num_blocks=num_blocks)
+        asked = questions(loaded.tokenizer, text=text, num_blocks=num_blocks, context=loaded.origin.max_tokens)
         return asked, reference_of(loaded.model, asked)
 
     return opened

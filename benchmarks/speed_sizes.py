@@ -44,7 +44,7 @@ class SpeedSizes:
     real: Job = field(default_factory=lambda: Job(1, 128, 33))
     """On the real model."""
     real_rate: float = 0.2
-    task_items: int = 20
+    task_items: int = 40
     """Of each task."""
     task_rounds: int = 3
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from families import tiny
+from tqdm import tqdm
 from world import byte_tokenizer, write_model
 
 from layerscalpel import checkalone, checkengine, cli, converter, enginecli, engines, enginework, export
@@ -169,14 +171,17 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path, without_engine, conver
         raise UserError("torn")
 
     monkeypatch.setattr(export, "convert", fails)
-    with pytest.raises(UserError, match="torn"):
-        export_gguf(str(model), "f16", None, ways)
-    assert sorted(tmp_path.rglob("*")) == before
+    for out in (None, tmp_path / "new" / "deep" / "m.gguf"):
+        with pytest.raises(UserError, match="torn"):
+            export_gguf(str(model), "f16", out, ways)
+        assert sorted(tmp_path.rglob("*")) == before
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
-    with pytest.raises(UserError, match=r"is quantised \(gptq\).* - export the healed checkpoint .* --type q4_k_m"):
+    with pytest.raises(
+        UserError, match=r"is quantised \(gptq\).* - export the unquantised checkpoint .* --type q4_k_m"
+    ):
         export_gguf(str(model), "f16", None, ways)
     write_gguf(tmp_path / "a.gguf")
     with pytest.raises(UserError, match=r"a.gguf is a GGUF already"):
@@ -248,7 +253,7 @@ def answering(monkeypatch) -> None:
 
 
 def test_transformers_computes_what_the_reference_does(tmp_path, answering, capsys) -> None:
-    model, out = write_model(tmp_path / "model"), tmp_path / "checked"
+    model, out = write_model(tmp_path / "model", max_position_embeddings=512), tmp_path / "checked"
     texts = write_texts_of(tmp_path)
     assert (
         cli.main(
@@ -265,8 +270,53 @@ def test_transformers_computes_what_the_reference_does(tmp_path, answering, caps
     assert found["decode_tokens_per_s"]["n"] == 3
     said = " ".join(capsys.readouterr().out.split())
     assert "ratio 1.0000 ± 0.0000 over 510 tokens" in said
+    assert "in blocks of 256 tokens; timed: 128 tokens read, 64 written" in said
     with pytest.raises(UserError, match="has checks of"):
         enginecli._require_same_model(results, {"model": {"name": "other"}}, out)
+
+
+def test_nothing_that_is_asked_is_longer_than_the_context(tmp_path, answering, capsys) -> None:
+    """Positions of this family are a table: one more is an error."""
+    model, texts = write_model(tmp_path / "model", "opt"), write_texts_of(tmp_path)
+    flags = ["--engine", "transformers", "--text", str(texts), "--blocks", "2"]
+    assert cli.main(["check", str(model), *flags]) == 0
+    said = capsys.readouterr()
+    assert "texts of 127 tokens, not 256: the model's context is 128" in " ".join(said.err.split())
+    assert "in blocks of 127 tokens; timed: 85 tokens read, 42 written" in " ".join(said.out.split())
+    asked = questions(byte_tokenizer(), text=str(texts), num_blocks=2, context=100)
+    assert max(map(len, asked.prompts)) + checkengine.NEW_TOKENS == asked.tokens_NT.shape[1] == 99
+    with pytest.raises(UserError, match="context of 63 tokens is too short to be checked - allowed: 64 or more"):
+        questions(byte_tokenizer(), text=str(texts), num_blocks=2, context=63)
+
+
+def test_what_has_no_gguf_is_told_with_what_has_one(tmp_path, without_engine, converting) -> None:
+    run, alone = tmp_path / "run", write_model(tmp_path / "alone")
+    told = json.loads((alone / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    (alone / "config.json").write_text(json.dumps(told))
+    for stage in ("quantize", "heal"):
+        shutil.copytree(alone, run / stage / "model")
+    (run / "config.yaml").write_text("seed: 0\n")
+    healed = f"export the run's healed model and .*: scalpel export gguf {run}$"
+    with pytest.raises(UserError, match=healed):
+        engines.file_for("llama.cpp", run / "quantize" / "model")
+    for work in (
+        lambda: engines.file_for("llama.cpp", run / "heal" / "model"),
+        lambda: export_gguf(str(run), "f16", None, Ways(python=NOTHING)),
+    ):
+        with pytest.raises(UserError, match="no GGUF of it: the run's parent was quantised - start from the unquantis"):
+            work()
+    with pytest.raises(UserError, match="no GGUF of it - export the unquantised checkpoint that it was made from"):
+        engines.file_for("llama.cpp", alone)
+    (run / "heal" / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"write it: scalpel export gguf {run}$"):
+        engines.file_for("llama.cpp", run / "heal" / "model")
+
+
+def test_a_bar_that_the_first_forward_draws_is_kept_off_the_terminal(tmp_path, capsys) -> None:
+    model = tiny("llama", vocab_size=260).eval()
+    model.register_forward_pre_hook(lambda *_: list(tqdm([1], desc="Dispatching model", disable=False)) and None)
+    reference_of(model, questions(byte_tokenizer(), text=str(write_texts_of(tmp_path)), num_blocks=2))
+    assert "Dispatching model" not in capsys.readouterr().err
 
 
 def test_an_engine_that_computes_something_else_is_told(tmp_path) -> None:

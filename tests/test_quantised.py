@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from layerscalpel import checkpoint
 from layerscalpel.checkpoint import cut_checkpoint
+from layerscalpel.decoder import load_origin
 from layerscalpel.errors import UserError
 from layerscalpel.origin import peek
 from layerscalpel.segment import Segment
@@ -110,6 +111,10 @@ def test_a_missing_back_end_is_refused_before_anything_is_written(quantised, tmp
         AutoHfQuantizer.from_config(json.loads((quantised / "config.json").read_text())["quantization_config"])
     )
     monkeypatch.setattr(quantizer, "validate_environment", absent)
-    with pytest.raises(UserError, match=r"cannot be loaded here to prove its cut: that library is not here - install"):
+    extra = "compressed-tensors" in (quantised / "config.json").read_text()
+    cure = r"pip install layerscalpel\[quant\], or --no-verify" if extra else "install that"
+    with pytest.raises(UserError, match=rf"cannot be loaded here to prove its cut: that library is not here - {cure}"):
         cut_checkpoint(peek(str(quantised), allow_quantised=True), SEGMENT, tmp_path / "out", device="cpu")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"cannot be loaded here: that library is not here - " + cure.partition(",")[0]):
+        load_origin(peek(str(quantised), allow_quantised=True), device="cpu")

@@ -153,18 +153,26 @@ def test_a_finished_run_with_rows_shows_them(finished: Path, wide: Path, capsys)
     assert "rtn, 4 bits" in said
 
 
-def test_a_run_directory_goes_on_with_quantising_and_can_redo_it(finished: Path, wide: Path) -> None:
+def test_a_run_directory_goes_on_with_quantising_and_can_redo_it(finished: Path, wide: Path, capsys) -> None:
     steps = wide / "steps"
     shutil.copytree(finished, steps)
     healed = load_file(steps / "heal" / "model" / "model.safetensors")
     first = results_of(steps)["quantize"]
-    assert scalpel(wide, "quantize", str(steps), "--quantize", "rtn:8", "--group-size", "16") == 0
+    assert main(["quantize", str(steps), "--quantize", "rtn:8", "--group-size", "16"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"to be done again: evaluate, report - scalpel report {steps}" in said
     second = results_of(steps)["quantize"]
     assert (second["bits"], second["group_size"]) == (8, 16)
     assert second["kl_to_source_nats"]["value"] < first["kl_to_source_nats"]["value"]
     assert "evaluate" not in results_of(steps)  # it measured another model
     after = load_file(steps / "heal" / "model" / "model.safetensors")
     assert all(torch.equal(healed[name], after[name]) for name in healed)
+    assert scalpel(wide, "quantize", str(steps), "--quantize", "none") == 2
+    assert "would quantise nothing - allowed: gptq, rtn" in capsys.readouterr().err
+    assert results_of(steps)["quantize"] == second
+    assert scalpel(wide, "report", str(steps)) == 0
+    assert "evaluate" in results_of(steps)
+    assert (steps / "README.md").exists()
 
 
 def test_what_was_interrupted_is_made_again(wide: Path, monkeypatch) -> None:
@@ -220,10 +228,56 @@ def test_one_model_is_quantised_without_a_run(wide: Path, capsys) -> None:
     assert scalpel(wide, "quantize", str(wide / "model"), "--quantize", "rtn:8", "--out", str(out), "--json") == 0
     found = json.loads(capsys.readouterr().out)["quantize"]
     assert (found["bits"], found["converted"]) == (8, 28)
-    assert "quantised by Layer Scalpel" in (out / "README.md").read_text(encoding="utf-8")
+    assert found["bytes"] == folder_bytes(out)  # with the card
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "# model, quantised by Layer Scalpel" in card
+    assert f"model, quantised: {100 * (1 - found['bytes'] / found['source_bytes']):.3g} % fewer bytes." in card
+    assert str(wide) not in card
+    assert f"| {found['source_bytes'] / 1e6:,.1f} |" in card  # the whole folder, as the other row
+    assert "quantization" in card.split("---")[1]
+    assert "layer-pruning" not in card
     assert AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).dtype == torch.bfloat16
     assert scalpel(wide, "quantize", str(wide / "model"), "--quantize", "rtn", "--out", str(out)) == 2
     assert "already holds files" in capsys.readouterr().err
+
+
+def test_mistakes_of_one_model_are_told_before_weights_are_loaded(wide: Path, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("layerscalpel.alone.load_decoder", None)
+    monkeypatch.setattr("layerscalpel.alone.quantize_checkpoint", None)
+    monkeypatch.setitem(BACKENDS, "gptq", replace(BACKENDS["gptq"], needs=lambda settings: None))
+    model, table = wide / "model", tmp_path / "table"
+    tiny("opt", vocab_size=260).save_pretrained(table)
+    (tmp_path / "file").touch()
+    fresh = str(tmp_path / "out")
+    needs = f"needs a run, scalpel quantize MODEL removes nothing - leave it out, or scalpel run {model} --segment"
+    for source, out, flags, said in (
+        (
+            table,
+            fresh,
+            ["--quantize", "gptq:4"],
+            "256 tokens are longer than the model's context of 128 - lower data.b",
+        ),
+        (model, fresh, ["--segment", "1:2"], f"target.segment {needs}"),
+        (model, fresh, ["--set", "quantize.seam_bits=8"], f"quantize.seam_bits {needs}"),
+        (model, fresh, ["--set", "quantize.beside=parent4"], f"quantize.beside {needs}"),
+        (model, fresh, ["--quantize", "none"], "would quantise nothing - allowed: gptq, rtn"),
+        (model, str(model / "small"), [], "lies inside the model's own folder"),
+        (
+            model,
+            str(tmp_path / "file" / "x"),
+            [],
+            f"--out {tmp_path / 'file' / 'x'} lies in {tmp_path / 'file'}, which",
+        ),
+    ):
+        assert scalpel(wide, "quantize", str(source), "--out", out, *flags) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_source_is_measured_before_anything_is_written(wide: Path, tmp_path) -> None:
+    shutil.copytree(wide / "model", tmp_path / "model")
+    before = folder_bytes(tmp_path / "model")
+    found = quantize_checkpoint(tmp_path / "model", tmp_path / "model" / "small", None, None, RTN)
+    assert found.source_bytes == before < folder_bytes(tmp_path / "model")
 
 
 def test_a_fresh_process_proves_the_folder(wide: Path, tmp_path, monkeypatch, fresh) -> None:
@@ -341,6 +395,7 @@ def test_a_folder_that_loads_as_something_else_is_removed(wide: Path, tmp_path, 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--quantize", "gptq:"], "--quantize gptq: lacks its bits after the colon - allowed: gptq:4, or gptq alone"),
         (["--quantize", "rtn:5"], "quantize.bits=5 is unknown - allowed: 3, 4, 8"),
         (["--quantize", "rtn:four"], "quantize.bits=four is unknown - allowed: 3, 4, 8"),
         (["--quantize", "gtpq:4"], "quantize.method=gtpq is unknown - did you mean 'gptq'?"),
@@ -363,6 +418,28 @@ def test_too_little_text_is_told_before_weights_are_loaded(wide: Path, capsys, m
     monkeypatch.setattr("layerscalpel.workbench.load_decoder", None)
     assert run(wide, "never", "--quantize", "gptq") == 2
     assert "64 tokens of calibration text are too few for gptq" in capsys.readouterr().err  # 4 blocks of 16
+
+
+@pytest.mark.parametrize(("blocks", "named", "other"), [(2, "quantize", "search"), (64, "search", "quantize")])
+def test_too_little_text_names_the_setting_that_binds(
+    wide: Path, capsys, monkeypatch, learning, blocks: int, named: str, other: str
+) -> None:
+    monkeypatch.setattr("layerscalpel.workbench.load_decoder", None)
+    assert run(wide, "never", "--quantize", "gptq", "--set", f"quantize.num_blocks={blocks}") == 2
+    said = capsys.readouterr().err
+    assert f"raise {named}.num_blocks, or take --quantize rtn" in said
+    assert f"{other}.num_blocks" not in said
+
+
+def test_a_draft_that_does_not_load_is_told_by_kind_and_removed(wide: Path, tmp_path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise AttributeError("'OwnLinear' object has no attribute 'weight'")
+
+    monkeypatch.setattr(quantproof, "load_any", fail)
+    said = r"transformers does not load LlamaForCausalLM with packed layers: AttributeError: 'OwnLinear' object has no"
+    with pytest.raises(UserError, match=said):
+        quantize_checkpoint(wide / "model", tmp_path / "out", None, None, RTN)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_library_is_named_with_its_extra(wide: Path, capsys, monkeypatch) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerscalpel.config import build_config
 from layerscalpel.errors import UserError
@@ -21,7 +22,7 @@ def weights_of(model: torch.nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "phi3", "bloom", "qwen3_moe", "jamba", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "opt", "phi3", "bloom", "gpt_oss", "bamba", "gemma3_text"])
 def test_every_module_with_weights_is_converted_or_left_with_a_reason(family: str) -> None:
     model = tiny(family)
     scheme = Scheme.of(model, SETTINGS)
@@ -90,6 +91,45 @@ def test_a_router_stays() -> None:
     model = tiny("llama", **WIDE)
     model.model.layers[0].mlp.gate = torch.nn.Linear(64, 4)
     assert Scheme.of(model, SETTINGS).reasons["model.layers.0.mlp.gate"] == "a router"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "jamba"])
+def test_experts_that_are_put_together_on_loading_are_refused(family: str) -> None:
+    with pytest.raises(UserError, match=r"the experts of \w+ForCausalLM are stored one by one .* - allowed"):
+        Scheme.of(tiny(family), SETTINGS)
+
+
+def test_a_model_of_that_kind_without_experts_is_not_refused() -> None:
+    assert Scheme.of(tiny("deepseek_v3", first_k_dense_replace=8), replace(SETTINGS, group_size=0)).converted
+
+
+def test_linear_layers_of_a_kind_of_their_own_stay() -> None:
+    class Own(torch.nn.Linear):
+        pass
+
+    model = tiny("llama", **WIDE)
+    model.model.layers[0].mlp.up_proj = Own(64, 128)
+    scheme = Scheme.of(model, SETTINGS)
+    assert scheme.reasons["model.layers.0.mlp.up_proj"] == "a linear layer of its own kind (Own)"
+    assert "model.layers.0.mlp.up_proj" in scheme.left  # else its packed form would be looked for
+
+
+def test_a_model_of_such_layers_alone_is_refused() -> None:
+    config = AutoConfig.for_model("falcon", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=97)
+    with pytest.raises(UserError, match=r"8 x a linear layer of its own kind \(FalconLinear\)"):
+        Scheme.of(AutoModelForCausalLM.from_config(config), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("width", "said"),
+    [(48, r"- allowed: --group-size 16, which divides them$"), (40, r"multiples of 32, or all of 16$")],
+)
+def test_a_model_of_odd_widths_is_told_the_group_that_would_do(width: int, said: str) -> None:
+    model = tiny("llama", hidden_size=width, intermediate_size=width)
+    with pytest.raises(UserError, match=said):
+        Scheme.of(model, SETTINGS)
+    if width % 16 == 0:
+        assert Scheme.of(model, replace(SETTINGS, group_size=16)).converted
 
 
 def test_a_folder_is_read_without_its_weights(tmp_path) -> None:

@@ -13,12 +13,14 @@ from layerscalpel import evaluate as quality
 from layerscalpel.aside import STARTED
 from layerscalpel.card import model_card
 from layerscalpel.checkpoint import cut_checkpoint
+from layerscalpel.checks import require_lengths
 from layerscalpel.config import to_dict
 from layerscalpel.data import prepare_blocks
 from layerscalpel.decoder import Loaded, load_decoder, num_parameters, save_decoder, stored_bytes
 from layerscalpel.distances import distances
 from layerscalpel.errors import UserError
 from layerscalpel.exam import prepare_exam, require_tasks
+from layerscalpel.footprint import folder_bytes
 from layerscalpel.inputs import file_identity
 from layerscalpel.longtext import prepare_check
 from layerscalpel.origin import Origin, checkpoint_folder, peek, read_config, skeleton
@@ -70,11 +72,13 @@ def quantize_alone(config: Config, out: Path) -> dict[str, Any]:
 
     Methods that read text draw it as a run does: three quarters of it calibrate, the last one judges.
     """
+    _require_no_run(config)
     model, settings, data = config.model, config.quantize, config.data
     origin = peek(model.name, **model.permissions())
     refuse_quantised(origin)
     learns, num_blocks = BACKENDS[settings.method].learns, -(-4 * settings.num_blocks // 3)
     require_quantizable(settings, settings.num_blocks * data.block_tokens)
+    require_lengths(config, origin, [], {"calibration": [data.calibration]} if learns else {})
     for name in [data.calibration, *(name for name, _ in sources_in(data.evaluation))] if learns else ():
         find_source(name)
         require_place_for_self("evaluation", name)
@@ -95,9 +99,24 @@ def quantize_alone(config: Config, out: Path) -> dict[str, Any]:
                 source = save_decoder(loaded.model, loaded.tokenizer, Path(scratch) / "plain", dtype=origin.dtype)
             del loaded
         found = quantize_checkpoint(source, out, *texts, settings, seed=config.seed, computing=computing)
-    results = {"parent": _sizes(bare, origin), "quantize": found.to_dict()}
-    (out / "README.md").write_text(model_card(results, to_dict(config), software()), "utf-8")
+    quantized = found.to_dict() | {"folder_bytes": {"parent": found.source_bytes}}
+    results = {"parent": _sizes(bare, origin), "quantize": quantized}
+    for _ in range(2):  # the card tells the bytes of the folder, and is in it
+        (out / "README.md").write_text(model_card(results, to_dict(config), software()), "utf-8")
+        quantized["bytes"] = folder_bytes(out)
     return results
+
+
+def _require_no_run(config: Config) -> None:
+    """Refuse settings that have a meaning in a run alone."""
+    settings = config.quantize
+    keys = [f"target.{key}" for key, value in vars(config.target).items() if value is not None]
+    keys += [f"quantize.{key}" for key in ("seam_bits", "beside", "keep_beside") if getattr(settings, key)]
+    if keys:
+        raise UserError(
+            f"{', '.join(keys)} needs a run, scalpel quantize MODEL removes nothing - leave it out, or scalpel run"
+            f" {config.model.name} --segment START:STOP --quantize {settings.method}:{settings.bits}"
+        )
 
 
 def measure_alone(stage: str, config: Config, out: Path) -> dict[str, Any]:
@@ -117,6 +136,7 @@ def measure_alone(stage: str, config: Config, out: Path) -> dict[str, Any]:
         find_source(name)
         require_place_for_self("evaluation", name)
     if stage == "evaluate":
+        require_lengths(config, origin, [stage], {"evaluation": [config.data.evaluation]})
         require_tasks(config.evaluate, origin.max_tokens)
     mark.parent.mkdir(parents=True, exist_ok=True)
     write_json(mark, {})

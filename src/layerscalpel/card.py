@@ -40,7 +40,7 @@ HEALED = " A healed checkpoint is not part of the proof; it was loaded from disk
 
 def model_card(results: Results, config: dict[str, Any], provenance: dict[str, Any]) -> str:
     """Return a README.md with the front matter that the hub reads."""
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["layer-pruning", "layerscalpel"]}
+    front: dict[str, Any] = {"library_name": "transformers", "tags": _tags(results)}
     name = results["parent"]["name"]
     if not _is_local(name) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         front["base_model"] = name
@@ -50,6 +50,12 @@ def model_card(results: Results, config: dict[str, Any], provenance: dict[str, A
     said |= {"remote": ", trust_remote_code=True" if allowed else ""}
     said |= {"title": shown_name(name), "history": history_lines(cut.get("history"), len(cut.get("steps", [cut])))}
     return environment(autoescape=False).get_template("card.md.j2").render(said, config=config) + "\n"
+
+
+def _tags(results: Results) -> list[str]:
+    """Return what was done, in the hub's words."""
+    done = {"layer-pruning": bool(removed_segments(results)), "quantization": "quantize" in results}
+    return [*(tag for tag, is_done in done.items() if is_done), "layerscalpel"]
 
 
 def _is_local(name: str) -> bool:
@@ -83,8 +89,11 @@ def headline(results: Results) -> str:
     """Return the sentence that states what was removed and what it cost."""
     rows = summary_rows(results)
     parent, final = rows[0], rows[-1]
-    said, shares, costs = results["parent"]["name"], [], []
-    if segments := removed_segments(results):
+    said, shares, costs = shown_name(results["parent"]["name"]), [], []
+    segments = removed_segments(results)
+    if final["model"] == "quantized" and not segments:
+        return f"{said}, quantised: {_fewer(results['quantize'])}."
+    if segments:
         said = _removed(segments).capitalize()
         shares.append(f"{100 * sum(map(len, segments)) / segments[0].num_layers:.3g} % of the layers")
     if final["parameters"] and final is not parent:
@@ -99,6 +108,13 @@ def headline(results: Results) -> str:
         costs.append(kept)
     facts = "; ".join([", ".join(shares)] * bool(shares) + costs)
     return f"{said}: {facts}." if facts else f"{said}."
+
+
+def _fewer(found: dict[str, Any]) -> str:
+    """Return how much smaller the folder of a model is that was quantised and not cut, and what that cost."""
+    text = f"{100 * (1 - found['bytes'] / found['source_bytes']):.3g} % fewer bytes"
+    kl = found.get("kl_to_source_nats")
+    return text + (f"; KL to the parent {measured(kl)} nats" if kl else "")
 
 
 def _removed(segments: list[Segment]) -> str:

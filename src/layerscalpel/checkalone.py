@@ -77,7 +77,7 @@ def _reference(source: Path, text: str, num_blocks: int, trust_remote_code: bool
         loaded = load_origin(origin, dtype="float32")
     if loaded.tokenizer is None:
         raise UserError(f"{source} has no tokenizer, so no text can be read - add its tokenizer files")
-    asked = questions(loaded.tokenizer, text=text, num_blocks=num_blocks)
+    asked = questions(loaded.tokenizer, text=text, num_blocks=num_blocks, context=origin.max_tokens)
     said = reference_of(loaded.model, asked)
     del loaded
     gc.collect()  # the engine wants the memory

@@ -6,7 +6,7 @@ the fixed prompts of writing.py, continued by the likeliest token. An engine wit
 texts, too.
 Continuations part where two tokens are nearly as likely as each other; the ratio is the judge.
 
-    asked = questions("runs/demo/heal/model", loaded.tokenizer, text="passages", num_blocks=32)
+    asked = questions(loaded.tokenizer, text="passages", num_blocks=32, context=loaded.origin.max_tokens)
     found = check_engine("vllm", folder, asked, reference_of(loaded.model, asked), python="/envs/vllm/bin/python")
     found["ppl_ratio"]  # {"value": 1.0004, "se": 0.0002, "n": 8160}
 
@@ -31,11 +31,16 @@ from layerscalpel.engines import ask, turns_of
 from layerscalpel.errors import UserError
 from layerscalpel.layers import device_of
 from layerscalpel.losses import block_mean, exp_of, log_probabilities, token_nll
-from layerscalpel.progress import track, waiting
+from layerscalpel.progress import say, track, waiting
+from layerscalpel.quiet import without_bars
 from layerscalpel.settings import DataSettings
 from layerscalpel.turns import Job
 from layerscalpel.writing import PROMPTS, ids_of
 
+BLOCK_TOKENS = 256
+"""Of each held-out block, where the model's context allows."""
+SHORTEST = 64
+"""Context of fewer tokens holds no question."""
 NEW_TOKENS = 32
 """Of each continuation."""
 TIMED = Job(batch_size=1, prompt_tokens=128, new_tokens=64)
@@ -72,27 +77,47 @@ class Reference:
     continued: list[list[int]]
 
 
-def questions(tokenizer: Any, *, text: str, num_blocks: int, block_tokens: int = 256) -> Asked:
+def questions(tokenizer: Any, *, text: str, num_blocks: int, context: int | None = None) -> Asked:
     """Return held-out blocks and the fixed prompts in a checkpoint's own tokens.
 
     Args:
         tokenizer: of the checkpoint.
         text: a named source or a file.
         num_blocks: held-out blocks.
-        block_tokens: their length.
+        context: the most tokens that the checkpoint reads, where that is known; nothing that is asked is longer.
 
     Raises:
-        UserError: there is no such text, or too little.
+        UserError: there is no such text, or too little, or the context holds no question.
     """
+    block_tokens = _block_tokens(context)
     settings = DataSettings(evaluation=text, evaluation_blocks=num_blocks, block_tokens=block_tokens)
     blocks = prepare_blocks(tokenizer, settings, num_calibration=0, seed=0, heal=False).evaluation
     texts = [prompt for _, prompt in PROMPTS]
     texts += [tokenizer.decode(row, skip_special_tokens=True) for row in blocks.tokens.tolist()]
     own = [list(tokenizer(each, add_special_tokens=False).input_ids) for each in texts]
-    prompts = [ids_of(tokenizer, *prompt) for prompt in PROMPTS]
+    prompts = [ids_of(tokenizer, *prompt)[NEW_TOKENS - block_tokens :] for prompt in PROMPTS]
     return Asked(blocks.tokens, blocks.labelled, prompts, texts, own, text)
 
 
+def _block_tokens(context: int | None) -> int:
+    """Return the length of the held-out blocks; one place is left for the token that vLLM writes after them."""
+    if context is None or context > BLOCK_TOKENS:
+        return BLOCK_TOKENS
+    if context < SHORTEST:
+        raise UserError(
+            f"the model's context of {context} tokens is too short to be checked - allowed: {SHORTEST} or more"
+        )
+    say(f"texts of {context - 1} tokens, not {BLOCK_TOKENS}: the model's context is {context}")
+    return context - 1
+
+
+def timed_in(block_tokens: int) -> Job:
+    """Return what is timed: TIMED, or where that is longer than a block, as much of it as the block holds."""
+    new_tokens = min(TIMED.new_tokens, block_tokens // 3)
+    return replace(TIMED, prompt_tokens=min(TIMED.prompt_tokens, block_tokens - new_tokens), new_tokens=new_tokens)
+
+
+@without_bars()  # the first forward of packed weights draws one
 @torch.no_grad()
 def reference_of(model: Any, asked: Asked) -> Reference:
     """Return what a model in memory says."""
@@ -132,19 +157,18 @@ def check_engine(
     Raises:
         UserError: the engine fails.
     """
-    longest = max(
-        asked.tokens_NT.shape[1], max(map(len, asked.prompts)) + NEW_TOKENS, TIMED.prompt_tokens + TIMED.new_tokens
-    )
+    timed = timed_in(asked.tokens_NT.shape[1])
+    longest = max(asked.tokens_NT.shape[1], *(len(prompt) + NEW_TOKENS for prompt in asked.prompts))
     job: dict[str, Any] = {"length": longest + 1, "blocks": asked.tokens_NT.tolist(), "texts": asked.texts}
     job |= {"prompts": asked.prompts, "new_tokens": NEW_TOKENS, "trust_remote_code": trust_remote_code}
-    prompt = asked.tokens_NT.flatten()[: TIMED.prompt_tokens].tolist()
-    job |= {"timed": {"prompts": [prompt], "new_tokens": TIMED.new_tokens, "rounds": ROUNDS}}
+    prompt = asked.tokens_NT.flatten()[: timed.prompt_tokens].tolist()
+    job |= {"timed": {"prompts": [prompt], "new_tokens": timed.new_tokens, "rounds": ROUNDS}}
     with waiting(f"{name}: {file}"):
         said = ask(name, file, job, python)
-    found = {"version": said["version"], "text": asked.source, **_how(said)}
+    found = {"version": said["version"], "text": asked.source, "block_tokens": asked.tokens_NT.shape[1], **_how(said)}
     found |= compared(said, asked, reference)
-    job_of_prompt = replace(TIMED, prompt_tokens=len(prompt))
-    return found | figures(turns_of(said), job_of_prompt)
+    found["timed"] = {"prompt_tokens": len(prompt), "new_tokens": timed.new_tokens}
+    return found | figures(turns_of(said), replace(timed, prompt_tokens=len(prompt)))
 
 
 def _how(said: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def check_before_loading(config: Config, wanted: list[str]) -> Origin:
     if origin:
         check(lambda: require_fit_for_quantised(config, origin, wanted))
         check(lambda: require_target(config.target, origin.num_layers))
-        check(lambda: _require_context(config, origin, wanted, sources))
+        check(lambda: require_lengths(config, origin, wanted, sources))
         if "heal" in wanted:
             check(lambda: require_memory_to_heal(config, origin))
     for test in _text_checks(config, sources):
@@ -105,7 +105,7 @@ def _quantize_checks(config: Config, wanted: list[str], origin: Origin | None) -
         yield partial(_refuse, "quantize.beside compares with a quantised model - add --quantize gptq, or leave it out")
     if "quantize" not in wanted or settings.method == "none":
         return
-    yield partial(require_quantizable, settings, _calibration_tokens(config, wanted))
+    yield partial(require_quantizable, settings, *_calibration_tokens(config, wanted))
     if settings.beside and config.model.offload != "none":
         yield partial(_refuse, "quantize.beside needs the parent in memory - leave it out, or --offload")
     if origin:
@@ -118,12 +118,17 @@ def _code(config: Config) -> dict[str, bool]:
     return {"trust_remote_code": config.model.trust_remote_code}
 
 
-def _calibration_tokens(config: Config, wanted: list[str]) -> int:
-    """Return how many tokens calibrate what is quantised: where nothing is healed a quarter of the text judges."""
+def _calibration_tokens(config: Config, wanted: list[str]) -> tuple[int, str]:
+    """Return how many tokens calibrate what is quantised, and the setting that says so.
+
+    Where nothing is healed a quarter of the text judges.
+    """
     search = config.search
     drawn = max(search.num_blocks, search.gate_blocks if uses_gate(search.method) else 0)
     calibrating = drawn if reads_healing(config, wanted) else drawn - max(1, drawn // 4)
-    return min(config.quantize.num_blocks, calibrating) * config.data.block_tokens
+    asked = config.quantize.num_blocks
+    binding = "search.num_blocks" if calibrating < asked else "quantize.num_blocks"
+    return min(asked, calibrating) * config.data.block_tokens, binding
 
 
 def _refuse(why: str) -> None:
@@ -166,7 +171,18 @@ def measures_long(config: Config, wanted: list[str]) -> bool:
     return "evaluate" in wanted and config.evaluate.long_blocks > 0
 
 
-def _require_context(config: Config, origin: Origin, wanted: list[str], sources: dict[str, list[str]]) -> None:
+def require_lengths(config: Config, origin: Origin, wanted: list[str], sources: dict[str, list[str]]) -> None:
+    """Refuse texts that are longer than the model's context.
+
+    Args:
+        config: all settings.
+        origin: of the model.
+        wanted: stages.
+        sources: {part of the text: its sources} of the parts that are read.
+
+    Raises:
+        UserError: which, and the setting that says so.
+    """
     lengths = {
         "data.block_tokens": config.data.block_tokens if sources else 0,
         "data.healing_block_tokens": config.data.healing_block_tokens if "healing" in sources else 0,

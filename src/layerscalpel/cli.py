@@ -20,7 +20,7 @@ from layerscalpel.errors import UserError, suggest
 from layerscalpel.fingerprint import STAGES
 from layerscalpel.parsing import FLAGS, build_parser, default_out, settings_of
 from layerscalpel.progress import say, set_quiet
-from layerscalpel.rundir import finished_results, require_models
+from layerscalpel.rundir import finished_results, finished_stages, require_models
 from layerscalpel.settings import Config
 from layerscalpel.showcli import inspect_command, methods_command
 
@@ -121,7 +121,12 @@ def stage_command(arguments: argparse.Namespace) -> None:
         if stage == "quantize" and base.get("quantize.method", "none") == "none":
             base |= QUANTIZE
         config = settings_of(arguments, base)
+        if stage == "quantize":
+            _require_method(config)
+        before = finished_stages(target)
         _go(config, arguments, until=stage, redo=stage if Path(arguments.out) == target else None)
+        if not is_helper() and (gone := [name for name in before if name not in finished_stages(target)]):
+            say(f"to be done again: {', '.join(gone)} - scalpel report {target}")
     elif stage == "search":
         _go(settings_of(arguments, model__name=arguments.target), arguments, until=stage, redo=None)
     elif stage in ("evaluate", "benchmark"):
@@ -146,6 +151,7 @@ def stage_command(arguments: argparse.Namespace) -> None:
 def quantize_command(arguments: argparse.Namespace) -> None:
     """`scalpel quantize MODEL`."""
     config = settings_of(arguments, QUANTIZE, model__name=arguments.target)
+    _require_method(config)
     if is_helper():  # as surgery
         return
     out = fresh_out(arguments, "scalpel quantize MODEL needs --out DIR, as --quantize gptq:4 --out small")
@@ -160,11 +166,21 @@ def quantize_command(arguments: argparse.Namespace) -> None:
         print("\n".join([*quantize_lines(found), f"loads in a fresh process: {out}"]))
 
 
+def _require_method(config: Config) -> None:
+    if config.quantize.method == "none":
+        raise UserError("scalpel quantize with quantize.method=none would quantise nothing - allowed: gptq, rtn")
+
+
 def fresh_out(arguments: argparse.Namespace, usage: str) -> Path:
     """Return the folder that --out names, which must be new or empty."""
     if not arguments.out:
         raise UserError(usage)
     out = Path(arguments.out).expanduser()
+    if above := next((folder for folder in out.parents if folder.is_file()), None):
+        raise UserError(f"--out {arguments.out} lies in {above}, which is a file - choose another --out")
+    source = Path(arguments.target).expanduser()
+    if source.is_dir() and source.resolve() in out.resolve().parents:
+        raise UserError(f"--out {arguments.out} lies inside the model's own folder {source} - choose another --out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already holds files - choose another --out or remove it")
     return out

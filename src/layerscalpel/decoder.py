@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, GenerationConfig, GgufConfig, PreTrained
 from layerscalpel.errors import UserError
 from layerscalpel.origin import DTYPES, Origin, auto_class, checkpoint_folder, peek, read_config
 from layerscalpel.packedlinear import hold, packed_parameters
-from layerscalpel.quantised import require_runnable
+from layerscalpel.quantised import not_loaded, require_runnable
 from layerscalpel.quiet import quiet_transformers, readable
 from layerscalpel.shards import read_weights
 
@@ -106,6 +106,10 @@ def _with_all_weights(origin: Origin, where: str, **options: Any) -> Any:
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         loaded: Any = auto_class(read_config(origin)).from_pretrained(where, **options)
+    except ImportError as error:
+        if not origin.quantised:
+            raise
+        raise UserError(not_loaded(origin.config, origin.name, error)) from error
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         if origin.pickled:
             reason = "its pickled weights are damaged or hold more than tensors - do not use them"

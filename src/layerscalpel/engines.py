@@ -30,6 +30,7 @@ from torch import Tensor
 from layerscalpel import enginework
 from layerscalpel.benchmark import figures, median
 from layerscalpel.errors import UserError, suggest
+from layerscalpel.ggufs import no_gguf_of, quantised_by, run_of
 from layerscalpel.losses import Measured
 from layerscalpel.progress import say, waiting
 from layerscalpel.speedwords import no_difference, tells
@@ -97,17 +98,19 @@ def file_for(name: str, place: Path) -> Path:
             raise UserError(why)
         return place
     files = [place] if place.suffix == ".gguf" else sorted(place.glob("*.gguf"))
-    if len(files) != 1:
-        raise UserError(
-            f"{place} holds {len(files)} .gguf files, llama.cpp reads one - write it: scalpel export gguf {place}"
-        )
-    return files[0]
+    if len(files) == 1:
+        return files[0]
+    if not files and (method := quantised_by(place)):
+        raise UserError(no_gguf_of(place, method))
+    raise UserError(
+        f"{place} holds {len(files)} .gguf files, llama.cpp reads one - write it: scalpel export gguf"
+        f" {run_of(place) or place}"
+    )
 
 
 def _no_kernels(name: str, place: Path) -> str | None:
     """Return why an engine cannot compute with the weights of a checkpoint here; None where nothing is known."""
-    settings = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    method = (settings.get("quantization_config") or {}).get("quant_method")
+    method = quantised_by(place)
     flags = cpu_flags()
     if name != "vllm" or not method or torch.cuda.is_available() or not flags or "avx512f" in flags:
         return None

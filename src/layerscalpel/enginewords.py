@@ -13,7 +13,7 @@ from typing import Any
 def check_lines(name: str, found: Mapping[str, Any]) -> list[str]:
     """Return the sentences of one check."""
     return [
-        f"{name} {found['version']} ({', '.join(_how(found))}), text {found['text']}",
+        f"{name} {found['version']} ({', '.join(_how(found))}), text {found['text']}{_length(found)}",
         *_quality(found),
         *_tokenizer(found),
         *_speed(found),
@@ -34,6 +34,17 @@ def export_lines(found: Mapping[str, Any]) -> list[str]:
 
 def _how(found: Mapping[str, Any]) -> list[str]:
     return [str(found[key]) for key in ("dtype", "device") if key in found]
+
+
+def _length(found: Mapping[str, Any]) -> str:
+    """Return how long the texts were; earlier results do not say."""
+    timed = found.get("timed")
+    if timed is None:
+        return ""
+    return (
+        f" in blocks of {found['block_tokens']} tokens; timed: {timed['prompt_tokens']} tokens read,"
+        f" {timed['new_tokens']} written"
+    )
 
 
 def _quality(found: Mapping[str, Any]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from layerscalpel.decoder import load_origin, require_room
 from layerscalpel.engines import ask, installed, missing
 from layerscalpel.errors import UserError
 from layerscalpel.footprint import bytes_on_disk, folder_bytes
-from layerscalpel.ggufs import PLAIN, TYPES, GgufType, stored_as, type_named
+from layerscalpel.ggufs import PLAIN, TYPES, GgufType, no_gguf_of, stored_as, type_named
 from layerscalpel.origin import Origin, peek
 from layerscalpel.progress import say, waiting
 
@@ -88,10 +88,7 @@ def _exportable(source: Path) -> Origin:
         raise UserError(f"{source} is a GGUF already - give the checkpoint folder it was made from")
     origin = peek(str(source), allow_quantised=True)
     if origin.quantised:
-        raise UserError(
-            f"{source} is quantised ({origin.quantised}), which llama.cpp's types do not keep"
-            " - export the healed checkpoint and let llama.cpp quantise it: --type q4_k_m"
-        )
+        raise UserError(no_gguf_of(source, origin.quantised))
     return origin
 
 
@@ -108,11 +105,12 @@ def _draft(out: Path, source_bytes: int, wanted: GgufType) -> Iterator[Path]:
     """Give a name beside `out` to write to, and move it there if all went well; else nothing stays."""
     if out.suffix != ".gguf":
         raise UserError(f"{out} has another ending than .gguf, by which it is known - name it --out {out}.gguf")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    new = [folder for folder in out.parents if not folder.exists()]
     widest = source_bytes if wanted.by_converter else source_bytes * 3  # the plain file of type f32 and the result
-    require_room(out.parent, widest)
     draft = out.with_name(f".{out.name}.draft.gguf")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        require_room(out.parent, widest)
         yield draft
         os.replace(draft, out)
     except OSError as error:
@@ -120,8 +118,12 @@ def _draft(out: Path, source_bytes: int, wanted: GgufType) -> Iterator[Path]:
             raise UserError(f"no space left while writing {out} - free some or choose another --out") from error
         raise
     finally:
-        draft.unlink(missing_ok=True)
-        _plain(draft).unlink(missing_ok=True)
+        for part in (draft, _plain(draft)):
+            with contextlib.suppress(NotADirectoryError):
+                part.unlink(missing_ok=True)
+        for folder in new:
+            with contextlib.suppress(OSError):  # one that holds the file stays
+                folder.rmdir()
 
 
 def _plain(draft: Path) -> Path:
@@ -153,7 +155,8 @@ def _verified(draft: Path, origin: Origin, wanted: GgufType, target: str, ways: 
         raise UserError(
             f"{origin.name} has no tokenizer, so no text can verify its GGUF - add its files, or --no-verify"
         )
-    asked = questions(loaded.tokenizer, text=ways.text or held_out_text(target), num_blocks=ways.num_blocks)
+    text = ways.text or held_out_text(target)
+    asked = questions(loaded.tokenizer, text=text, num_blocks=ways.num_blocks, context=origin.max_tokens)
     found = check_engine(ENGINE, draft, asked, reference_of(loaded.model, asked), python=ways.python)
     require_close(ENGINE, found, wanted.most_ratio)
     return found

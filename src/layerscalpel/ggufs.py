@@ -9,6 +9,7 @@ type, which `stored_as` counts. Types below 3 bits that want an importance matri
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,3 +71,31 @@ def type_named(name: str) -> GgufType:
 def stored_as(file: Path) -> dict[str, int]:
     """Return {type of a tensor: how many tensors of a file have it}."""
     return dict(Counter(tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(file).tensors))
+
+
+def no_gguf_of(place: Path, method: str) -> str:
+    """Return why there is no GGUF of a quantised checkpoint folder, and what to do.
+
+    Of a run that quantised its result there is one of what it was made from.
+    """
+    why = f"{place} is quantised ({method}), which llama.cpp's types do not keep, so there is no GGUF of it"
+    run = run_of(place)
+    if run and place.parent.name != "quantize":
+        return f"{why}: the run's parent was quantised - start from the unquantised parent: scalpel run PARENT"
+    ways = "let llama.cpp quantise it: --type q4_k_m"
+    if run:
+        return f"{why} - export the run's healed model and {ways}: scalpel export gguf {run}"
+    return f"{why} - export the unquantised checkpoint that it was made from, and {ways}"
+
+
+def run_of(place: Path) -> Path | None:
+    """Return the run directory that a checkpoint folder is a stage's model of."""
+    run = place.parent.parent
+    return run if place.name == "model" and (run / "config.yaml").is_file() else None
+
+
+def quantised_by(place: Path) -> str | None:
+    """Return the method by which a checkpoint folder's weights are quantised."""
+    file = place / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return (settings.get("quantization_config") or {}).get("quant_method")

@@ -67,10 +67,16 @@ def require_memory_to_heal(config: Config, origin: Origin) -> None:
     needed = _bytes_of_all(model, config, choose_dtype(config.model.dtype, device, origin.dtype).itemsize, target)
     if needed > (free := free_bytes(device)):
         raise UserError(
-            f"training all layers takes at least {needed / GIB:.1f} GiB for weights, gradients and moments, and"
-            f" {device.type} has {free / GIB:.1f} GiB free - train the two layers at the seam (--recipe paper, or --set"
+            f"training all layers takes at least {_gib(needed)} GiB for weights, gradients and moments, and"
+            f" {device.type} has {_gib(free)} GiB free - train the two layers at the seam (--recipe paper, or --set"
             " heal.second=none), adapters (--set heal.second=lora), or spread the weights (heal.shard)"
         )
+
+
+def _gib(num_bytes: int) -> str:
+    """Return GiB with a decimal, of less than 1 with 2 significant digits, so that no need is told as nothing."""
+    gib = num_bytes / GIB
+    return f"{gib:.1f}" if gib >= 1 else f"{gib:.2g}"
 
 
 def _bytes_of_all(model: Any, config: Config, itemsize: int, target: TargetSettings) -> int:

@@ -169,6 +169,8 @@ def _bits_of(given: dict[str, Any]) -> dict[str, Any]:
     method, colon, bits = str(given.get("quantize.method", "")).partition(":")
     if not colon:
         return {}
+    if not bits:
+        raise UserError(f"--quantize {method}: lacks its bits after the colon - allowed: {method}:4, or {method} alone")
     given["quantize.method"] = method
     return {"quantize.bits": parse_assignment(f"quantize.bits={bits}")[1]}
 

@@ -13,6 +13,8 @@ from transformers.quantizers import AutoHfQuantizer
 from layerscalpel.errors import UserError, one_line
 
 ALLOWED = "compressed-tensors of weights alone, or bitsandbytes in 4 bit"
+EXTRAS = {"compressed-tensors": "quant"}
+"""{method: the extra of this package that brings its library}."""
 MORE_THAN_WEIGHTS = ("input_activations", "output_activations")
 
 
@@ -69,10 +71,15 @@ def require_back_end(
     try:
         AutoHfQuantizer.from_config(_settings(config)).validate_environment()
     except (ImportError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"model {name} is quantised ({quantisation_of(config)}) and cannot be loaded {purpose}:"
-            f" {one_line(error)} - {cure}"
-        ) from error
+        raise UserError(not_loaded(config, name, error, purpose, cure)) from error
+
+
+def not_loaded(config: Any, name: str, error: Exception, purpose: str = "here", cure: str = "install that") -> str:
+    """Return why the quantised model of that name cannot be loaded, and what to install, by its extra if it has one."""
+    method = quantisation_of(config)
+    if isinstance(error, ImportError) and method in EXTRAS:
+        cure = cure.replace("install that", f"pip install layerscalpel[{EXTRAS[method]}]")
+    return f"model {name} is quantised ({method}) and cannot be loaded {purpose}: {one_line(error)} - {cure}"
 
 
 def _settings(config: Any) -> Any:

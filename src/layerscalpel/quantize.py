@@ -118,12 +118,15 @@ class Quantized:
         return found | {"runs_packed": self.runs_packed, "write_s": round(self.write_s, 2)}
 
 
-def require_quantizable(settings: QuantizeSettings, num_tokens: int | None = None) -> None:
+def require_quantizable(
+    settings: QuantizeSettings, num_tokens: int | None = None, binding: str = "quantize.num_blocks"
+) -> None:
     """Refuse, before anything is loaded, settings that no model could be quantised with.
 
     Args:
         settings: how.
         num_tokens: of the calibration text; None where it is not known yet.
+        binding: the setting that says how much text there is.
 
     Raises:
         UserError: a missing library, something that the method cannot do, or too little text.
@@ -133,8 +136,8 @@ def require_quantizable(settings: QuantizeSettings, num_tokens: int | None = Non
     if backend.learns and num_tokens is not None and num_tokens < FEWEST_TOKENS:
         raise UserError(
             f"{num_tokens:,} tokens of calibration text are too few for {settings.method}"
-            f" - allowed: {FEWEST_TOKENS:,} or more - raise search.num_blocks, quantize.num_blocks or"
-            " data.block_tokens, or take --quantize rtn, which reads none"
+            f" - allowed: {FEWEST_TOKENS:,} or more - raise {binding}, or take --quantize rtn, which reads"
+            " none"
         )
 
 
@@ -168,9 +171,11 @@ def quantize_checkpoint(
     tokens_NT = torch.zeros((0, 1), dtype=torch.long)
     if calibration is not None and BACKENDS[settings.method].learns:
         tokens_NT = calibration.first(settings.num_blocks).tokens
-    require_quantizable(settings, tokens_NT.numel())
+    fewer = calibration is not None and len(calibration) < settings.num_blocks
+    require_quantizable(settings, tokens_NT.numel(), "search.num_blocks" if fewer else "quantize.num_blocks")
     scheme = Scheme.of(bare_model(source, trust_remote_code=computing.trust_remote_code), settings, seams)
     _tell(settings.method, scheme)
+    source_bytes = folder_bytes(source)  # before anything is written, which may be inside it
     tried, best, write_s = [], None, 0.0
     with fresh_folder(out) as draft:
         reference = reference_of(source, held_out, computing) if held_out is not None else None
@@ -200,7 +205,7 @@ def quantize_checkpoint(
         proofs=tuple(proofs),
         runs_packed=best.seen.runs_packed,
         num_bytes=num_bytes,
-        source_bytes=folder_bytes(source),
+        source_bytes=source_bytes,
         write_s=write_s,
     )
 

@@ -12,6 +12,7 @@ loading   a fresh process that knows transformers alone computes from it what wa
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 from layerscalpel.cut import proof_tokens
 from layerscalpel.data import TokenBlocks
 from layerscalpel.decoder import Loaded, choose_device, load_origin
-from layerscalpel.errors import UserError
+from layerscalpel.errors import UserError, kind_and_line
 from layerscalpel.evaluate import Reference, evaluate, final_hidden
 from layerscalpel.layers import device_of
 from layerscalpel.losses import Measured
@@ -80,6 +81,21 @@ def load_any(folder: Path, computing: Computing) -> Loaded:
     return loaded
 
 
+def _load_draft(folder: Path, computing: Computing) -> Loaded:
+    """Load a folder that was just written, whose packed layers this kind of model may not take."""
+    try:
+        return load_any(folder, computing)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a kind of model does with layers that it does not know
+        kind = (json.loads((folder / "config.json").read_text("utf-8")).get("architectures") or ["this model"])[0]
+        # A UserError of the draft would send the user after a folder that is not theirs.
+        reason = kind_and_line(error.__cause__ or error)
+        raise UserError(
+            f"transformers does not load {kind} with packed layers: {reason} - allowed: quantize.method=none"
+        ) from error
+
+
 def reference_of(source: Path, held_out: TokenBlocks, computing: Computing) -> Reference:
     """Load the source and run it over the held-out text."""
     decoder = find_layers(load_any(source, computing).model)
@@ -94,9 +110,12 @@ def look(
     computing: Computing,
     converted: tuple[str, ...] = (),
 ) -> Seen:
-    """Load a quantised folder, measure it, and note what it computes."""
-    loaded = load_any(folder, computing)
-    decoder = find_layers(loaded.model)
+    """Load a quantised folder, measure it, and note what it computes.
+
+    Raises:
+        UserError: transformers does not load it.
+    """
+    decoder = find_layers(_load_draft(folder, computing).model)
     tokens = proof_tokens(decoder)
     with torch.no_grad():
         logits = decoder.model(input_ids=tokens, use_cache=False).logits.float().cpu().contiguous()

@@ -11,6 +11,7 @@ no torch, so a finished run prints its table at once.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -213,6 +214,15 @@ def finished_results(path: str | Path, config: Config, until: str | None, redo: 
         return read_json(path / "results.json")
     except UserError:
         return None
+
+
+def finished_stages(path: Path) -> list[str]:
+    """Return the stages that are finished and did something; one whose record is damaged is not."""
+    found = []
+    for stage in STAGES:
+        with contextlib.suppress(UserError):
+            found += [] if read_done(path / stage / "done.json")["result"].get("skipped") else [stage]
+    return found
 
 
 def require_models(path: Path) -> None:

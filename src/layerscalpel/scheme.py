@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from layerscalpel.errors import UserError
 from layerscalpel.layers import find_layer_list
@@ -27,6 +29,8 @@ from layerscalpel.settings import QuantizeSettings
 
 GROUP_SIZES = (128, 64, 32)
 """Tried in this order where the user names none: fewer scales first."""
+FINEST = 16
+"""The smallest group that may be asked for: many scales, so never taken unasked."""
 ROUTERS = ("gate", "router")
 """Last names of linear layers that choose among experts: tiny, and a wrong choice costs more than a rounded weight."""
 
@@ -60,9 +64,11 @@ class Scheme:
             seams: for each seam the first layer after it.
 
         Raises:
-            UserError: a group size that does not divide, a tied head that is to be quantised, nothing to quantise.
+            UserError: a group size that does not divide, a tied head that is to be quantised, nothing to quantise,
+                experts that could not be loaded beside packed layers.
         """
         model = source if isinstance(source, PreTrainedModel) else bare_model(source)
+        _refuse_experts(model)
         path, layers = find_layer_list(model)
         reasons = dict(_kept(model, path, settings))
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -77,9 +83,15 @@ class Scheme:
         reasons |= odd
         converted = tuple(name for name in chosen if name not in odd)
         if not converted:
+            smaller = bool(odd) and not any(linears[name].in_features % FINEST for name in odd)
+            allowed = (
+                f"--group-size {FINEST}, which divides them"
+                if smaller
+                else f"a model with linear layers whose inputs are multiples of {GROUP_SIZES[-1]}, or all of {FINEST}"
+            )
             raise UserError(
                 f"{type(model).__name__} has no linear layer that could be quantised: {spoken_reasons(reasons)}"
-                " - allowed: a model with linear layers, of a width that a group of 16 or more divides"
+                f" - allowed: {allowed}"
             )
         wider = dict.fromkeys(beside, 8) if settings.seam_bits == 8 > settings.bits else {}
         return cls(
@@ -133,6 +145,26 @@ def spoken_reasons(reasons: Mapping[str, str]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in Counter(reasons.values()).most_common()) or "no module"
 
 
+def _refuse_experts(model: PreTrainedModel) -> None:
+    """Refuse a model whose experts transformers puts together on loading: beside packed layers it does not.
+
+    Raises:
+        UserError: it does.
+    """
+    mapping: Any = get_model_conversion_mapping(model)
+    merged = [
+        target
+        for entry in mapping
+        if isinstance(entry, WeightConverter) and any(isinstance(step, MergeModulelist) for step in entry.operations)
+        for target in entry.target_patterns
+    ]
+    if any(name.endswith(tuple(merged)) for name, _ in model.named_parameters()):
+        raise UserError(
+            f"the experts of {type(model).__name__} are stored one by one and put together on loading, which does not"
+            " go with packed layers - allowed: quantize.method=none, or a model without such experts"
+        )
+
+
 def _kept(model: PreTrainedModel, path: str, settings: QuantizeSettings) -> Iterator[tuple[str, str]]:
     """Yield (module, why) of those with weights of their own that are never quantised, or not as the user wishes."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -151,8 +183,9 @@ def _kept(model: PreTrainedModel, path: str, settings: QuantizeSettings) -> Iter
                 yield name, "the head, tied to the embeddings" if tied else "the head, which quantize.head=keep leaves"
         elif module is embedding or isinstance(module, nn.Embedding):
             yield name, "embeddings"
-        elif not isinstance(module, nn.Linear):
-            yield name, f"no linear layer ({type(module).__name__})"
+        elif type(module) is not nn.Linear:  # what a kind of its own adds is lost once packed, if that loads at all
+            what = "a linear layer of its own kind" if isinstance(module, nn.Linear) else "no linear layer"
+            yield name, f"{what} ({type(module).__name__})"
         elif not name.startswith(f"{path}."):
             yield name, "outside the decoder layers"
         elif name.rpartition(".")[2] in ROUTERS:
