@@ -133,6 +133,7 @@ def measured(world: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_script_measures_every_depth_beside_its_floor(measured: Path) -> None:
     rows = json.loads(measured.read_text(encoding="utf-8"))
     assert [row["part"] for row in rows] == ["gpu"] * 4 + ["latency", "cpu"]
@@ -149,6 +150,7 @@ def test_the_script_measures_every_depth_beside_its_floor(measured: Path) -> Non
     assert (real["layers"], real["ideal"]["2"]) == ({"whole": 8, "2": 6}, 8 / 6)
 
 
+@pytest.mark.slow
 def test_the_script_fills_its_document_and_measures_nothing_twice(measured: Path, capsys) -> None:
     text = (measured.parent / "speed.md").read_text(encoding="utf-8")
     assert all(f"<!-- begin {part} -->\n\n" in text for part in TABLES if part != "tasks")  # not measured here

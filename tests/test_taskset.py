@@ -28,6 +28,7 @@ def test_names_are_spelt_out() -> None:
     assert words_of(" mmlu , ./a.yaml") == ["mmlu", "./a.yaml"]
 
 
+@pytest.mark.slow
 def test_the_default_set_is_among_the_harness_tasks() -> None:
     assert set(DEFAULT) <= set(taskset._files_of_tasks())
     assert {name: str(taskset._files_of_tasks()[name])[-len(task.definition) :] for name, task in PACKAGED.items()} == {
