@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from measuring import Row, Rows, seconds
 from speed_sizes import SpeedSizes
 
+from layerscalpel.benchmark import median
 from layerscalpel.decoder import load_decoder
 from layerscalpel.harness import How, measure
 from layerscalpel.taskset import quiet_harness, tasks_in
@@ -43,9 +43,8 @@ def in_turns(model: Any, tokenizer: Any, tasks: list[Any], how: How, rounds: int
         took["ours"].append(own_s)
         took["theirs"].append(other_s)
     ratios = [other_s / own_s for own_s, other_s in zip(took["ours"], took["theirs"], strict=True)]
-    se = statistics.stdev(ratios) / len(ratios) ** 0.5 if rounds > 1 else None
     items = how.limit * len(tasks) if how.limit else None
-    return {"items": items, "wall_s": took, "speedup": {"value": statistics.median(ratios), "se": se, "n": rounds}}
+    return {"items": items, "wall_s": took, "speedup": median(ratios).to_dict()}
 
 
 def evaluation(rows: Rows, given: argparse.Namespace, sizes: SpeedSizes) -> None:

@@ -45,16 +45,14 @@ def test_bytes_are_those_of_weights_masters_gradients_and_moments() -> None:
     model = tiny("llama")
     layers = find_layer_list(model)[1]
     layer, whole = num_parameters(layers[0]), num_parameters(model)
-    config = build_config([{"heal.second": "all", "heal.objective": "ce"}])
+    config = build_config([{"heal.second": "all", "heal.objective": "ce", "target.layers": 2}])
     left, trained = whole - 2 * layer, (len(layers) - 2) * layer
-    two = TargetSettings(layers=2)
-    assert needs._bytes_of_all(model, config, 4, two) == 4 * left + 4 * trained + 8 * trained
-    assert needs._bytes_of_all(model, config, 2, two) == 2 * left + 2 * trained + 4 * trained + 8 * trained
+    assert needs._bytes_of_all(model, config, 4) == 4 * left + 4 * trained + 8 * trained
+    assert needs._bytes_of_all(model, config, 2) == 2 * left + 2 * trained + 4 * trained + 8 * trained
     with_parent = replace(config, heal=replace(config.heal, objective="both"))
-    assert needs._bytes_of_all(model, with_parent, 2, two) == 2 * whole + needs._bytes_of_all(model, config, 2, two)
-    assert needs._bytes_of_all(model, config, 2, TargetSettings(segment="1:3")) == needs._bytes_of_all(
-        model, config, 2, two
-    )
+    assert needs._bytes_of_all(model, with_parent, 2) == 2 * whole + needs._bytes_of_all(model, config, 2)
+    named = replace(config, target=TargetSettings(segment="1:3"))
+    assert needs._bytes_of_all(model, named, 2) == needs._bytes_of_all(model, config, 2)
     assert torch.finfo(torch.float32).bits == 8 * needs.FLOAT_BYTES
 
 

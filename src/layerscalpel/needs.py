@@ -16,7 +16,7 @@ from layerscalpel.memory import free_bytes
 from layerscalpel.objectives import asks_parent
 from layerscalpel.origin import Origin, read_config, skeleton
 from layerscalpel.segment import parse_segment
-from layerscalpel.settings import Config, TargetSettings
+from layerscalpel.settings import Config
 from layerscalpel.targets import num_removed_of
 
 MASTER_BYTES = 16
@@ -59,12 +59,12 @@ def require_memory_to_heal(config: Config, origin: Origin) -> None:
     Raises:
         UserError: with what is needed at least, and what needs less.
     """
-    heal, target = config.heal, config.target
+    heal = config.heal
     if "all" not in (heal.method, heal.second) or heal.shard:
         return
     device = choose_device(config.model.device)
     model = skeleton(read_config(origin), trust_remote_code=config.model.trust_remote_code)
-    needed = _bytes_of_all(model, config, choose_dtype(config.model.dtype, device, origin.dtype).itemsize, target)
+    needed = _bytes_of_all(model, config, choose_dtype(config.model.dtype, device, origin.dtype).itemsize)
     if needed > (free := free_bytes(device)):
         raise UserError(
             f"training all layers takes at least {_gib(needed)} GiB for weights, gradients and moments, and"
@@ -79,9 +79,9 @@ def _gib(num_bytes: int) -> str:
     return f"{gib:.1f}" if gib >= 1 else f"{gib:.2g}"
 
 
-def _bytes_of_all(model: Any, config: Config, itemsize: int, target: TargetSettings) -> int:
+def _bytes_of_all(model: Any, config: Config, itemsize: int) -> int:
     """Return the least bytes of training all layers that are left; activations are not counted."""
-    sizes = [num_parameters(layer) for layer in find_layer_list(model)[1]]
+    target, sizes = config.target, [num_parameters(layer) for layer in find_layer_list(model)[1]]
     if target.segment:
         removed = len(parse_segment(target.segment, len(sizes)))
     elif target.max_kl is None and target.params is None and target.latency_ms is None:

@@ -143,8 +143,7 @@ def settings_of(arguments: argparse.Namespace, base: dict[str, Any] | None = Non
 
     `fixed` maps section__name to what the command itself names: its model, a checkpoint's segment.
     """
-    default = DEFAULT_RECIPE if base is None and arguments.command in HEALING else None
-    chosen = arguments.recipe or default
+    chosen = arguments.recipe or (DEFAULT_RECIPE if base is None and arguments.command in HEALING else None)
     below = (base or {}) | (recipe(chosen) if chosen else {})
     given = {key: value for key, _ in FLAGS.values() if (value := getattr(arguments, key, None)) is not None}
     texts = {"target.segment", "target.params", *(f"data.{part}" for part in PARTS), "evaluate.tasks"}

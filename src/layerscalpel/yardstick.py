@@ -29,7 +29,7 @@ from layerscalpel.fingerprint import made_with
 from layerscalpel.gather import BASELINE, STAGE_OF, Group, Run
 from layerscalpel.inputs import file_identity, task_identities
 from layerscalpel.layers import Decoder
-from layerscalpel.losses import block_mean
+from layerscalpel.losses import block_mean, exp_of
 from layerscalpel.origin import peek
 from layerscalpel.probe import find_layers
 from layerscalpel.progress import say, waiting
@@ -159,7 +159,7 @@ def _against_parent(
     save_blocks(folder, BASELINE, save(figures))
     found = distances(figures, blocks.domains)
     if reference is None:
-        ratio = quality.exp_of(block_mean(save(figures).nll_N - kept.nll_N, kept.labelled_N))
+        ratio = exp_of(block_mean(save(figures).nll_N - kept.nll_N, kept.labelled_N))
         found["ppl_ratio"] = ratio.to_dict()
     return found, [f"{why}: KL and agreement are left out"] if why else []
 
