@@ -79,9 +79,8 @@ def quantize_alone(config: Config, out: Path) -> dict[str, Any]:
     learns, num_blocks = BACKENDS[settings.method].learns, -(-4 * settings.num_blocks // 3)
     require_quantizable(settings, settings.num_blocks * data.block_tokens)
     require_lengths(config, origin, [], {"calibration": [data.calibration]} if learns else {})
-    for name in [data.calibration, *(name for name, _ in sources_in(data.evaluation))] if learns else ():
-        find_source(name)
-        require_place_for_self("evaluation", name)
+    if learns:
+        _require_sources(data.calibration, *(name for name, _ in sources_in(data.evaluation)))
     code = {"trust_remote_code": model.trust_remote_code}
     bare = skeleton(read_config(origin), **code)
     Scheme.of(bare, settings)
@@ -105,6 +104,13 @@ def quantize_alone(config: Config, out: Path) -> dict[str, Any]:
         (out / "README.md").write_text(model_card(results, to_dict(config), software()), "utf-8")
         quantized["bytes"] = folder_bytes(out)
     return results
+
+
+def _require_sources(*names: str) -> None:
+    """Refuse text that is not there, or that only a search can read."""
+    for name in names:
+        find_source(name)
+        require_place_for_self("evaluation", name)
 
 
 def _require_no_run(config: Config) -> None:
@@ -132,10 +138,8 @@ def measure_alone(stage: str, config: Config, out: Path) -> dict[str, Any]:
     require_fit_for_quantised(config, origin, ())
     if stage == "benchmark":
         require_context(config.benchmark, origin.max_tokens)
-    for name, _ in sources_in(config.data.evaluation) if stage == "evaluate" else ():
-        find_source(name)
-        require_place_for_self("evaluation", name)
     if stage == "evaluate":
+        _require_sources(*(name for name, _ in sources_in(config.data.evaluation)))
         require_lengths(config, origin, [stage], {"evaluation": [config.data.evaluation]})
         require_tasks(config.evaluate, origin.max_tokens)
     mark.parent.mkdir(parents=True, exist_ok=True)
